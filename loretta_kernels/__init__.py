@@ -1,0 +1,1 @@
+"""Tensor-train operators for fine-tuning: tensors in, tensors out."""
