@@ -1,0 +1,146 @@
+"""LoRETTA_adp: a bottleneck adapter whose two projections are tensor trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from loretta_kernels import tt_adapter
+
+from .config import LorettaAdpConfig, _LorettaConfig
+from .layer import LorettaLayer, train_shape
+from .tensor_train import TensorTrain
+
+_DENSE_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda h: h,
+}
+
+
+class LorettaAdpLinear(LorettaLayer):
+    """``adapter(x) = scaling · (act(drop(x)·W_down + b_down)·W_up + b_up)`` at one linear of the base model.
+
+    The placement of an adapter is "mh_adapter": ``base(x + adapter(x))``, "output_adapter": ``z + adapter(z)`` with
+    ``z = base(x)``, or "parallel_adapter": ``base(x) + adapter(x)``. Several active adapters add up.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_scaling")
+    other_param_names: tuple[str, ...] = ("placement", "activation", "adapter_dropout", "scaling")
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        self.loretta_adp_down = nn.ModuleDict()
+        self.loretta_adp_up = nn.ModuleDict()
+        self.loretta_adp_scaling = nn.ParameterDict()
+        self.placement: dict[str, str] = {}
+        self.activation: dict[str, str] = {}
+        self.adapter_dropout: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+
+    def add_adapter(
+        self, adapter_name: str, config: _LorettaConfig, key: str, placement: str = "output_adapter"
+    ) -> None:
+        """Create the two projections and, where it is learned, the scaling."""
+        assert isinstance(config, LorettaAdpConfig)
+        ranks = config.rank_pattern
+        rank = ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
+        width_in = self.out_features if placement == "output_adapter" else self.in_features
+        width_out = self.in_features if placement == "mh_adapter" else self.out_features
+
+        self.placement[adapter_name] = placement
+        self.activation[adapter_name] = config.activation
+        self.adapter_dropout[adapter_name] = config.adapter_dropout
+        self.loretta_adp_down[adapter_name] = _projection(config, width_in, config.bottleneck_size, rank)
+        self.loretta_adp_up[adapter_name] = _projection(
+            config, config.bottleneck_size, width_out, rank, zero=config.init_weights is True
+        )
+        if config.scaling == "learned":
+            self.loretta_adp_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+        else:
+            self.scaling[adapter_name] = float(config.scaling)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with each named adapter at its placement."""
+        by_placement: dict[str, list[str]] = {}
+        for name in adapter_names:
+            by_placement.setdefault(self.placement[name], []).append(name)
+
+        inner = self._add_adapters(x, x, by_placement.get("mh_adapter", []))
+        result = self.base_layer(inner, *args, **kwargs)
+        if adapter_names and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        result = self._add_adapters(result, result, by_placement.get("output_adapter", []))
+        return self._add_adapters(x, result, by_placement.get("parallel_adapter", []))
+
+    def _add_adapters(self, x: torch.Tensor, residual: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        for name in adapter_names:
+            residual = self._add_adapter(name, x, residual)
+        return residual
+
+    def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
+        scale = self.loretta_adp_scaling[name] if name in self.loretta_adp_scaling else self.scaling[name]
+        dropout_p = self.adapter_dropout[name] if self.training else 0.0
+        if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
+            return tt_adapter(
+                x,
+                down.cores,
+                down.shape,
+                down.bias,
+                up.cores,
+                up.shape,
+                up.bias,
+                activation=self.activation[name],
+                scale=scale,
+                residual=residual,
+                dropout_p=dropout_p,
+            )
+        h = F.dropout(self._cast_input_dtype(x, down.weight.dtype), dropout_p)
+        h = _DENSE_ACTIVATIONS[self.activation[name]](down(h))
+        return residual + (scale * up(h)).to(residual.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises.
+
+        Raises:
+            ValueError: an adapter with a nonlinearity is no linear map, so no weight can hold it.
+        """
+        raise ValueError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        """Nothing to do: this method's adapters are never merged."""
+
+
+MERGE_ERROR = (
+    "LoRETTA_adp adapters cannot be merged: between their two projections there is a nonlinearity, so no weight of the "
+    "base model can hold them. Keep the adapter, call unload() for the bare base model, or train LoRETTA_rep instead."
+)
+
+
+def _projection(
+    config: LorettaAdpConfig, in_features: int, out_features: int, rank: int, zero: bool = False
+) -> nn.Module:
+    random_bias = config.init_weights is False
+    if config.tensorized:
+        shape = train_shape(config, in_features, out_features, rank)
+        return TensorTrain(shape, bias=True, zero=zero, random_bias=random_bias)
+    linear = nn.Linear(in_features, out_features)
+    if zero:
+        nn.init.zeros_(linear.weight)
+    else:
+        nn.init.normal_(linear.weight, std=in_features**-0.5)
+    if random_bias:
+        nn.init.normal_(linear.bias, std=0.02)
+    else:
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,287 @@
+"""The two configurations: upstream's names and meaning; a wrong value raises here, naming what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from ._peft_types import extend_peft_type
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+    "identity": "identity",
+    "linear": "identity",
+}
+PLACEMENTS = ("mh_adapter", "output_adapter")
+
+
+@dataclass
+class _LorettaConfig(PeftConfig):
+    """What both methods share; see the subclasses for the fields that differ."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (suffixes), a regex, or 'all-linear'; None takes the model family's default."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (suffixes) or a regex of modules that are not adapted."}
+    )
+    tensor_rank: int = field(default=5, metadata={"help": "The rank of every bond of the tensor trains."})
+    tensor_shape: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Explicit modes by size, such as {4096: [16, 16, 16]}; sizes not named take the default."},
+    )
+    bias: str = field(default="none", metadata={"help": "Which biases of the base model are trained."})
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "True: the model starts as its base (last core of the up train is zero). 'gaussian': every core is "
+            "random, as in the paper. False: random cores and biases, for tests."
+        },
+    )
+    train_layernorm: bool = field(
+        default=True,
+        metadata={"help": "Train the LayerNorms and RMSNorms, as the paper does (through modules_to_save)."},
+    )
+    tensorize_head: bool = field(
+        default=True,
+        metadata={"help": "SEQ_CLS: hold the dense layer of the classification head as a tensor train."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved whole, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The layer indices to adapt; None adapts all. Needs a list of targets."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The name of the nn.ModuleList that layers_to_transform counts in."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks by module name or regex, overriding the default."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_int("tensor_rank", self.tensor_rank, 1)
+        for name, rank in self.rank_pattern.items():
+            _require_int(f"rank_pattern[{name!r}]", rank, 1)
+        for name in ("train_layernorm", "tensorize_head"):
+            _require_bool(name, getattr(self, name))
+        if self.init_weights not in (True, False, "gaussian") or isinstance(self.init_weights, (int, float)) != (
+            isinstance(self.init_weights, bool)
+        ):
+            raise ValueError(f"init_weights must be True, False or 'gaussian', got {self.init_weights!r}")
+        self.tensor_shape = _normalised_modes(self.tensor_shape)
+        self.target_modules = _as_set("target_modules", self.target_modules)
+        self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            if isinstance(self.modules_to_save, str):
+                raise ValueError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
+            self.modules_to_save = list(self.modules_to_save)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform needs target_modules as a list of names, got a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no meaning without layers_to_transform")
+
+    def modes(self, size: int) -> tuple[int, ...] | None:
+        """The explicit modes of a side of this size, or None where the default applies."""
+        given = (self.tensor_shape or {}).get(str(size))
+        return None if given is None else tuple(given)
+
+
+@dataclass
+class LorettaAdpConfig(_LorettaConfig):
+    """LoRETTA_adp: a bottleneck adapter whose down and up projections are tensor trains.
+
+        y = x + scaling · (act(drop(x)·W_down + b_down)·W_up + b_up)
+
+    on the input or the output of the targeted linears, or beside them (``use_parallel_adapter``).
+
+    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417), section 3.2. All fields have working defaults:
+
+    Args:
+        bottleneck_size: width of the bottleneck, 1 or more.
+        non_linearity: one of relu, gelu, gelu_new (= gelu_tanh, gelu_pytorch_tanh), silu (= swish), tanh,
+            identity (= linear).
+        adapter_dropout: dropout on the adapter's input, in [0, 1).
+        target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
+        use_parallel_adapter: y = base(x) + adapter(x) instead of an adapter in series.
+        use_adapterp: adapt the output of the feed-forward block only.
+        adapter_type: "mh_adapter" (on the input of the linear) or "output_adapter" (on its output), for all targets, or
+            a dict from target name to one of them. None: the family's placement where it is known, else the output.
+        scaling: a number, or "learned" (one scalar per adapter, from 1).
+        bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears).
+        tensorized: False keeps the two projections dense.
+        tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
+        tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        train_layernorm: train the norms of the base model too.
+        tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
+        modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.
+
+    Raises:
+        ValueError: a field has a value that is not accepted; the message names both.
+    """
+
+    bottleneck_size: int = field(default=64, metadata={"help": "Width of the bottleneck."})
+    non_linearity: str = field(default="relu", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    use_parallel_adapter: bool = field(default=False, metadata={"help": "Adapt beside the linear, not in series."})
+    use_adapterp: bool = field(default=False, metadata={"help": "Adapt the output of the feed-forward block only."})
+    adapter_type: str | dict[str, str] | None = field(
+        default=None, metadata={"help": "'mh_adapter' (input) or 'output_adapter', for all targets or by target name."}
+    )
+    scaling: float | str = field(default=1.0, metadata={"help": "A number, or 'learned'."})
+    tensorized: bool = field(default=True, metadata={"help": "False: dense projections."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("LORETTA_ADP")
+        _require_int("bottleneck_size", self.bottleneck_size, 1)
+        _require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
+        _require_dropout("adapter_dropout", self.adapter_dropout)
+        _require_choice("bias", self.bias, ("none", "all", "adapter_only"))
+        for name in ("use_parallel_adapter", "use_adapterp", "tensorized"):
+            _require_bool(name, getattr(self, name))
+        if self.scaling != "learned":
+            _require_number("scaling", self.scaling, also="'learned'")
+        placements = self.adapter_type.values() if isinstance(self.adapter_type, dict) else [self.adapter_type]
+        for placement in placements:
+            if placement is not None:
+                _require_choice("adapter_type", placement, PLACEMENTS)
+        if self.use_parallel_adapter and self.use_adapterp:
+            raise ValueError("use_parallel_adapter and use_adapterp exclude each other: the latter adapts an output")
+        if self.adapter_type is not None and (self.use_parallel_adapter or self.use_adapterp):
+            raise ValueError("adapter_type has no meaning with use_parallel_adapter or use_adapterp")
+
+    @property
+    def activation(self) -> str:
+        """The kernels' name of ``non_linearity``."""
+        return ACTIVATIONS[self.non_linearity]
+
+
+@dataclass
+class LorettaRepConfig(_LorettaConfig):
+    """LoRETTA_rep: a LoRA whose two factors are tensor trains, ``y = base(x) + lora_alpha/r · drop(x)·A·B``.
+
+    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417), section 3.3. All fields have working defaults:
+
+    Args:
+        r: inner dimension of A [in, r] and B [r, out], 1 or more.
+        lora_alpha: the delta is scaled by lora_alpha / r.
+        lora_dropout: dropout on the input of A, in [0, 1).
+        target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
+        merge_weights: merge on ``model.eval()`` and unmerge on ``model.train()``; each round trip rounds the base weight.
+        fan_in_fan_out: accepted as in PEFT's LoRA; how a base weight is stored follows from its layer's type.
+        enable_lora: for fused projections: which of the ``len(enable_lora)`` equal slices of the output are adapted,
+            such as ``[True, False, True]`` for q and v of a fused q, k, v.
+        bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears).
+        tensor_rank: the rank of every bond.
+        rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
+        tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        train_layernorm: train the norms of the base model too.
+        tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
+        modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.
+
+    Raises:
+        ValueError: a field has a value that is not accepted; the message names both.
+    """
+
+    r: int = field(default=8, metadata={"help": "Inner dimension of the two factors."})
+    lora_alpha: float = field(default=16, metadata={"help": "The delta is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A."})
+    merge_weights: bool = field(default=False, metadata={"help": "Merge on eval(), unmerge on train()."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Follows from the layer's type; True on others warns."}
+    )
+    enable_lora: list[bool] | None = field(
+        default=None, metadata={"help": "Which equal slices of a fused projection's output are adapted."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "lora_alpha by module name or regex."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("LORETTA_REP")
+        _require_int("r", self.r, 1)
+        _require_number("lora_alpha", self.lora_alpha)
+        for name, alpha in self.alpha_pattern.items():
+            _require_number(f"alpha_pattern[{name!r}]", alpha)
+        _require_dropout("lora_dropout", self.lora_dropout)
+        _require_choice("bias", self.bias, ("none", "all", "lora_only"))
+        for name in ("merge_weights", "fan_in_fan_out"):
+            _require_bool(name, getattr(self, name))
+        if self.enable_lora is not None:
+            given: Sequence[Any] = self.enable_lora if isinstance(self.enable_lora, (list, tuple)) else ()
+            if not any(given) or not all(isinstance(item, bool) for item in given):
+                raise ValueError(
+                    f"enable_lora must be a list of bools with at least one True, got {self.enable_lora!r}"
+                )
+            self.enable_lora = list(given)
+
+
+def _require_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def _require_number(name: str, value: Any, also: str | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number{f' or {also}' if also else ''}, got {value!r}")
+
+
+def _require_dropout(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _require_choice(name: str, value: Any, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _as_set(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name} must be a string or a list of module names, got {value!r}")
+    return set(value)
+
+
+def _normalised_modes(tensor_shape: Any) -> dict[str, list[int]] | None:
+    if tensor_shape is None:
+        return None
+    if not isinstance(tensor_shape, dict):
+        raise ValueError(f"tensor_shape must be a dict from a size to its modes, got {tensor_shape!r}")
+    normalised = {}
+    for size, modes in tensor_shape.items():
+        valid = isinstance(modes, (list, tuple)) and all(
+            isinstance(mode, int) and not isinstance(mode, bool) and mode >= 1 for mode in modes
+        )
+        if not valid or not modes or not str(size).isdecimal() or math.prod(modes) != int(size):
+            raise ValueError(
+                f"tensor_shape: the modes of {size} must be positive integers of that product, got {modes!r}"
+            )
+        normalised[str(int(size))] = list(modes)
+    return normalised
+
+
+__all__ = ["ACTIVATIONS", "PLACEMENTS", "LorettaAdpConfig", "LorettaRepConfig", "PeftType"]

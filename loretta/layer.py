@@ -1,0 +1,99 @@
+"""What the layers of both methods share: the base linear's geometry and which adapters take part in a forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta_kernels import TTShape
+
+from .config import _LorettaConfig
+
+
+class LorettaLayer(nn.Module, BaseTunerLayer):
+    """A linear layer of the base model with adapters beside or around it.
+
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, a linear quantised by a backend PEFT knows, or a PEFT layer
+            around one of these.
+        quantization_kwargs: what PEFT's quantisation backends need to requantise on merging.
+
+    Raises:
+        TypeError: base_layer is none of these.
+    """
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        linear = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(linear, **quantization_kwargs)
+        if self.quantization_backend is None and not isinstance(linear, (nn.Linear, Conv1D)):
+            raise TypeError(
+                f"LoRETTA adapts torch.nn.Linear, transformers' Conv1D and the quantised linears PEFT knows, "
+                f"got {type(linear).__name__}"
+            )
+        self.in_features, self.out_features = _get_in_out_features(linear)
+
+    def add_adapter(self, adapter_name: str, config: _LorettaConfig, key: str) -> None:
+        """Create the adapter's weights. ``key`` is the module's name, for the patterns of the config."""
+        raise NotImplementedError  # each method has its own
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether this layer holds an adapter of that name."""
+        return adapter_name in getattr(self, self.adapter_layer_names[0])
+
+    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the named adapters, all of which this layer holds."""
+        raise NotImplementedError  # each method has its own
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features].
+
+        ``adapter_names`` names an adapter for each row of the batch ("__base__": none), as in PEFT's mixed batches.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        return self.adapted(x, active, *args, **kwargs)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(f"adapter_names names {len(adapter_names)} rows, the batch has {len(x)}")
+        if self.merged:
+            raise ValueError("a mixed batch needs unmerged adapters: call unmerge_adapter() first")
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name, []).append(row)
+        parts = {
+            name: self.adapted(x[index], [name] if self.has_adapter(name) else [], *args, **kwargs)
+            for name, index in rows.items()
+        }
+        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
+        return torch.cat(list(parts.values()))[order.argsort()]
+
+
+def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:
+    """The train of a matrix [in_features, out_features]: the config's explicit modes where it names a size."""
+    default = TTShape.for_matrix(in_features, out_features, rank)
+    return TTShape(
+        config.modes(in_features) or default.in_modes,
+        config.modes(out_features) or default.out_modes,
+        rank,
+    )
