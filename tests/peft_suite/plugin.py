@@ -1,0 +1,132 @@
+"""pytest plugin: run PEFT's own tests on LoRETTA.
+
+For each test module of PEFT it puts the rows of `cases` into the matrices (in place of the other methods, whose tests
+are PEFT's business), keeps a few LoRA rows as control, opens the gates of `gates`, marks what `expected` lists, and
+counts the outcomes per file and method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections import Counter, defaultdict
+from types import ModuleType
+
+import pytest
+from cases import INLINE, LISTS, OURS, config_class, controls
+from expected import TRAINED_NORMS
+from gates import open_gates, stands_in_for_lora
+from peft import LoraConfig
+from tiny_hub import MODELS
+
+# Imported by the helpers of PEFT's tests, needed by none of the five files.
+_UNUSED_IMPORTS = {"diffusers": ["StableDiffusionPipeline"], "datasets": ["load_dataset"]}
+_prepared: set[str] = set()
+_filled: set[int] = set()
+_outcomes: defaultdict[tuple[str, str], Counter] = defaultdict(Counter)
+
+
+def pytest_configure(config):
+    """Import the helpers of the tests without `diffusers` and `datasets`, and open their gates."""
+    stubbed = {name: _stub(name, attributes) for name, attributes in _UNUSED_IMPORTS.items() if name not in sys.modules}
+    sys.modules.update(stubbed)
+    try:
+        common = importlib.import_module("tests.testing_common")
+        utils = importlib.import_module("tests.testing_utils")
+    finally:
+        for name in stubbed:
+            del sys.modules[name]
+    open_gates(common)
+    # `hub_online_once` goes online for a model that it has not seen: ours are all in the cache.
+    utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(MODELS, 0))
+
+
+def _stub(name: str, attributes: list[str]) -> ModuleType:
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+    for attribute in attributes:
+        setattr(module, attribute, type(attribute, (), {}))
+    return module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Fill the matrices before pytest reads them from the marks."""
+    module = metafunc.module
+    name = module.__name__.rpartition(".")[2]
+    if name not in _prepared:
+        _prepared.add(name)
+        open_gates(module)
+        for attribute, rows in LISTS.get(name, {}).items():
+            _fill(getattr(module, attribute), rows)
+    rows = INLINE.get(metafunc.function.__name__)
+    if rows is not None:
+        for mark in metafunc.definition.iter_markers("parametrize"):
+            _fill(mark.args[1], rows)
+
+
+def _fill(matrix: list, rows: list) -> None:
+    if id(matrix) not in _filled:
+        _filled.add(id(matrix))
+        matrix[:] = controls(matrix) + rows
+
+
+def _config_class(item: pytest.Item) -> type | None:
+    """The method that a test was parametrised with."""
+    callspec = getattr(item, "callspec", None)
+    values = callspec.params.values() if callspec else ()
+    return next((found for found in map(config_class, values) if found), None)
+
+
+def _group(config_cls: type, item: pytest.Item) -> str:
+    """The column of the summary that a test counts in."""
+    if config_cls is LoraConfig:
+        return "LoRA (control)"
+    return f"{config_cls.__name__}, {'trained' if _trains_norms(item) else 'frozen'} norms"
+
+
+def _trains_norms(item: pytest.Item) -> bool:
+    """Whether the row asks for trained norms (the rows on models without norms do not)."""
+    return bool(item.callspec.params.get("config_kwargs", {}).get("train_layernorm"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep our tests and the controls; mark the expected failures."""
+    kept, dropped = [], []
+    for item in items:
+        config_cls = _config_class(item)
+        if config_cls not in (*OURS, LoraConfig):
+            dropped.append(item)
+            continue
+        kept.append(item)
+        item.user_properties.append(("group", _group(config_cls, item)))
+        reason = TRAINED_NORMS.get(item.originalname)
+        if reason and config_cls in OURS and _trains_norms(item):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_runtest_logreport(report):
+    """Count a test once: its call, or the set-up that skipped it or broke."""
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        outcome = "xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome
+        _outcomes[report.fspath, dict(report.user_properties)["group"]][outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the outcomes per file and method."""
+    terminalreporter.section("outcomes per file and method")
+    for (file, group), counts in sorted(_outcomes.items()):
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+        terminalreporter.write_line(f"{file:44} {group:36} {outcomes}")
+
+
+@pytest.fixture(autouse=True)
+def _loretta_stands_in_for_lora(request, monkeypatch):
+    """Let the tests that ask for `LoraConfig` take the method of ours that belongs with it."""
+    config_cls = _config_class(request.node)
+    if config_cls in OURS and stands_in_for_lora(request.node.originalname, config_cls):
+        for module in (request.module, sys.modules["tests.testing_common"]):
+            monkeypatch.setattr(module, "LoraConfig", config_cls)
