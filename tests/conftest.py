@@ -1,0 +1,21 @@
+"""Every test runs on the CPU, offline, on one thread, and sees an element that nobody wrote as NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_unwritten_memory() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
