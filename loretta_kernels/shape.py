@@ -52,7 +52,7 @@ class TTShape:
         TypeError: a mode or a rank is not an int.
         ValueError: a side without modes, a mode or a rank below 1, or the wrong number of ranks.
 
-    Source: LoRETTA (NAACL 2024, arXiv 2402.11417), section 3.1, with ranks per bond.
+    Source: LoRETTA (NAACL 2024, arXiv 2402.11417), its tensor-train format, with one rank per bond.
     """
 
     in_modes: tuple[int, ...]

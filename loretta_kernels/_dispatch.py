@@ -1,0 +1,97 @@
+"""The one place that decides which implementation serves a call."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
+
+
+class _Choice(threading.local):
+    """The backend asked for: one per thread, and an instance attribute, which torch.compile guards on."""
+
+    def __init__(self) -> None:
+        self.name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
+
+_choice = _Choice()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve the calls made inside, on this thread, with one backend; their backward follows them.
+
+    Autograd's own threads (the recomputation of a checkpoint on CUDA) see the environment's choice: to force a backend
+    for a whole training run, set `LORETTA_BACKEND`.
+
+    Args:
+        name: "auto" (by the tensor's device), "torch" or "triton". A forced backend that cannot serve a call makes it
+            raise `RuntimeError` with the reason; there is no silent fallback.
+
+    Raises:
+        ValueError: another name.
+    """
+    previous, _choice.name = _choice.name, _checked(name, "backend()")
+    try:
+        yield
+    finally:
+        _choice.name = previous
+
+
+def choose(device: torch.device) -> str:
+    """The backend, "torch" or "triton", that serves a call on this device."""
+    name = _checked(_choice.name, ENVIRONMENT_VARIABLE)
+    if name == "torch":
+        return name
+    reason = _why_not_triton(device)
+    if name == "triton" and reason:
+        raise RuntimeError(f'backend "triton" was asked for, but cannot serve: {reason}')
+    return "torch" if reason else "triton"
+
+
+def run(operator: str, *args: Any) -> Any:
+    """Run an operator by the backend named in its last argument, with autocast off inside."""
+    *operands, name = args
+    function = getattr(_implementation(name), operator)
+    device_type = operands[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return function(*operands)
+    with torch.autocast(device_type, enabled=False):
+        return function(*operands)
+
+
+@cache
+def _implementation(name: str) -> ModuleType:
+    """The package that holds a backend's functions, imported when first used."""
+    return import_module(f"loretta_kernels._{name}")
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why Triton cannot serve a call on this device, or None when it can."""
+    if not _has_triton_kernels():
+        return "this version of loretta_kernels has no Triton kernels"
+    return None if device.type == "cuda" else f"the tensors are on {device}, not on a GPU"
+
+
+@cache
+def _has_triton_kernels() -> bool:
+    """Whether the package of Triton kernels is installed."""
+    return find_spec("loretta_kernels._triton") is not None
+
+
+def _checked(name: str, source: str) -> str:
+    """A backend's name, or an error that says where the wrong one came from."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source} got {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name

@@ -1,0 +1,48 @@
+"""y = x · L · R + b through the waist s = x · L, and its gradients.
+
+dR = sᵀ · dy      db = sum(dy)      ds = dy · Rᵀ      dL = xᵀ · ds      dx = ds · Lᵀ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loretta_kernels._torch.rows import append_bias, compute_dtype, from_waist, input_grads, output_grads, to_waist
+from loretta_kernels._torch.train import Train
+from loretta_kernels.shape import TTShape
+
+
+def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and the waist."""
+    shape = TTShape.from_spec(tuple(spec))
+    train = Train(cores, shape, compute_dtype(x))
+    s = to_waist(x.reshape(-1, shape.in_features), train.Lt)
+    y = from_waist(None, *append_bias(s, train.R, bias), x.dtype)
+    return y.view(*x.shape[:-1], shape.out_features), s
+
+
+def tt_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    waist: Tensor,
+    cores: Tensor,
+    spec: Sequence[int],
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
+    needs_dx, needs_dcores, needs_dbias = needs
+    shape = TTShape.from_spec(tuple(spec))
+    train = Train(cores, shape, compute_dtype(x))
+    s, _ = append_bias(waist, train.R, bias)
+    ds, dR = output_grads(
+        dy.reshape(-1, shape.out_features), s, train.R, needs_dx or needs_dcores, needs_dcores or needs_dbias
+    )
+    dx, dLt = input_grads(x.reshape(-1, shape.in_features), ds, train.Lt, needs_dx, needs_dcores)
+    return (
+        dx.view(x.shape) if needs_dx else dx,
+        train.dcores(dLt, dR[: shape.waist]).to(cores.dtype) if needs_dcores else x.new_empty(0),
+        dR[shape.waist].to(bias.dtype) if bias is not None and needs_dbias else x.new_empty(0),
+    )

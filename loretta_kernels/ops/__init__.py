@@ -1,0 +1,1 @@
+"""The operators' contracts: arguments, registration with torch, gradients."""
