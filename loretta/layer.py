@@ -30,6 +30,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         linear = self.get_base_layer()
@@ -75,9 +76,14 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names names {len(adapter_names)} rows, the batch has {len(x)}")
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"names and {len(x)} inputs"
+            )
         if self.merged:
-            raise ValueError("a mixed batch needs unmerged adapters: call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name, []).append(row)

@@ -29,9 +29,13 @@ class _LorettaModel(BaseTuner):
     tuner_layer_cls: type[LorettaLayer]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as PEFT does, from a copy of the config: resolving it must not change the caller's."""
-        config = copy.deepcopy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        """Inject as PEFT does, from a copy of the config: resolving it must not change the caller's.
+
+        A config given to load by is kept: PEFT promises that the model holds that very object.
+        """
+        config = self.peft_config[adapter_name]
+        if not config.inference_mode:
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)
@@ -99,12 +103,14 @@ class _LorettaModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names works in eval mode only: call model.eval() first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [module for module in self.modules() if isinstance(module, self.tuner_layer_cls)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
-            raise ValueError(f"adapter_names: no adapter called {unknown}, there are {sorted(known)}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(known)}"
+            )
         num_beams = kwargs.get("num_beams")
         if isinstance(num_beams, int) and num_beams > 1:
             adapter_names = [name for name in adapter_names for _ in range(num_beams)]
