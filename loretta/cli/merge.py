@@ -1,0 +1,57 @@
+"""`loretta merge`: fold a rep adapter into its base, as a model that needs neither loretta nor PEFT."""
+
+import argparse
+from typing import Any
+
+from torch import nn
+
+from loretta.cli.adapters import add_conversion_options, conversion
+from loretta.cli.output import RECORD, size_on_disk, write_json
+from loretta.cli.report import show, shown_bytes
+from loretta.tensor_train import TensorTrain
+
+KEPT = ("task", "labels", "seq_len", "batch_size", "dtype")
+EPILOG = """\
+example:
+  loretta merge --adapter runs/book --output runs/book-merged
+
+The result is a plain transformers folder: weights, config and tokenizer.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "merge",
+        help="fold a rep adapter into its base model",
+        description="Write the base model with the adapter in its weights. For rep (and LoRA) adapters: an adp adapter "
+        "has a nonlinearity inside and cannot be merged.",
+        epilog=EPILOG,
+    )
+    add_conversion_options(parser, "folder of the merged model")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the adapter on its base, merge, save with the tokenizer."""
+    with conversion(args, "merged") as job:
+        merged = job.model.merge_and_unload(safe_merge=True)
+        densify(merged)
+        merged.save_pretrained(job.output.new)
+        job.tokenizer.save_pretrained(job.output.new)
+        kept = {name: job.record[name] for name in KEPT if name in job.record}
+        write_json(job.output.new / RECORD, kept | {"merged_from": args.adapter})
+        size = size_on_disk(job.output.new, "*.safetensors")
+    path = job.output.path
+    show({"merged": str(path), "bytes": size}, [("merged model", f"{path} ({shown_bytes(size)})")], args.json)
+
+
+def densify(model: nn.Module) -> None:
+    """Put the dense layer that it stands for in the place of every tensor train, in place."""
+    trains = [(name, module) for name, module in model.named_modules() if isinstance(module, TensorTrain)]
+    for name, train in trains:
+        parent, _, child = name.rpartition(".")
+        dense = nn.Linear(train.in_features, train.out_features, bias=train.bias is not None, device="meta")
+        dense.weight = nn.Parameter(train.matrix().detach().T.contiguous())
+        dense.bias = train.bias  # type: ignore[assignment]
+        setattr(model.get_submodule(parent), child, dense)

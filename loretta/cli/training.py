@@ -1,0 +1,98 @@
+"""Training on transformers' Trainer, with progress on stderr and nothing on stdout."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from loretta.cli.encode import Collator, Examples
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    lr: float
+    steps: int | None
+    epochs: float
+    batch_size: int
+    grad_accum: int
+    weight_decay: float
+    lr_schedule: str
+    warmup_steps: int
+    seed: int
+    save_steps: int | None
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run leaves behind beside the trained parameters."""
+
+    steps: int
+    seconds: float
+    losses: list[tuple[int, float]]
+
+
+def train(
+    model: Any, examples: Examples, collator: Collator, schedule: Schedule, checkpoints: Path, resume_from: Path | None
+) -> Outcome:
+    """Train the model in place, going on from a checkpoint where one is given.
+
+    Args:
+        checkpoints: folder for the checkpoints that `schedule.save_steps` asks for.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        learning_rate=schedule.lr,
+        max_steps=schedule.steps or -1,
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.grad_accum,
+        weight_decay=schedule.weight_decay,
+        lr_scheduler_type=schedule.lr_schedule,
+        warmup_steps=schedule.warmup_steps,
+        optim="adamw_torch",
+        seed=schedule.seed,
+        gradient_checkpointing=schedule.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if schedule.gradient_checkpointing else None,
+        save_strategy="steps" if schedule.save_steps else "no",
+        save_steps=schedule.save_steps or 1,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress())
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return Outcome(trainer.state.global_step, result.metrics["train_runtime"], losses)
+
+
+class _Progress(TrainerCallback):
+    """A progress bar with the current loss."""
+
+    bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
