@@ -2,8 +2,8 @@
 
     W = L · R,   L [I, K] the product of the input cores,   R [K, O] that of the output cores
 
-Both are kept K-major, `Lt [K, I]` and `R [K, O]`: a product with x then reads whole rows, which on CPU is 3 to 8 times
-faster than the other layout.
+L is given as its transpose `Lt [K, I]`, and for more than a few rows of x it is also stored K-major, as R is: a product
+with x then reads whole rows, which on CPU is 3 to 8 times faster than the other layout.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ from torch import Tensor
 
 from loretta_kernels.shape import TTShape
 
+FEW_ROWS = 8
+
 
 class Train:
-    """`Lt` and `R` of the train that `cores` and `shape` describe, contracted in `dtype`."""
+    """`Lt` and `R` of the train that `cores` and `shape` describe, contracted in `dtype` for products with N rows."""
 
-    def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype) -> None:
-        matrices = [
-            core.view(r, n * r_next)
-            for core, (r, n, r_next) in zip(cores.to(dtype).split(shape.core_sizes), shape.core_shapes, strict=True)
-        ]
+    def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype, N: int) -> None:
+        cores = cores.to(dtype).contiguous()
+        start, matrices = cores.storage_offset(), []
+        for r, n, r_next in shape.core_shapes:
+            # One call where split and view would be two: with few rows the calls are what costs.
+            matrices.append(cores.as_strided((r, n * r_next), (n * r_next, 1), start))
+            start += r * n * r_next
         cut, K = shape.cut, shape.waist
-        self._in_matrices, self._in_partials = matrices[:cut], _partials(matrices[:cut], shape.bond_ranks[1:cut])
-        self._out_matrices, self._out_partials = (
-            matrices[cut:],
-            _partials(matrices[cut:], shape.bond_ranks[cut + 1 : -1]),
-        )
-        if self._in_partials:
-            last = matrices[cut - 1].view(-1, shape.modes[cut - 1], K)
-            self.Lt = (self._in_partials[-1] @ last.permute(2, 0, 1)).view(K, shape.in_features)
-        else:
-            self.Lt = matrices[0].view(shape.in_features, K).t().contiguous()
-        R = self._out_partials[-1] @ matrices[-1] if self._out_partials else matrices[-1]
-        self.R = R.view(K, shape.out_features)
+        self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
+        self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
+        self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
+        Lt = _product(self._in_matrices, self._in_partials).view(shape.in_features, K).t()
+        self.Lt = Lt if N < FEW_ROWS else Lt.contiguous()
+        self.R = _product(self._out_matrices, self._out_partials).view(K, shape.out_features)
 
     def dcores(self, dLt: Tensor, dR: Tensor) -> Tensor:
         """The gradient of the flat cores."""
@@ -49,9 +47,14 @@ class Train:
 def _partials(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """The products `[r(0)·n(1)···n(j), r(j)]` of a side's first j cores, for every j short of them all."""
     partials: list[Tensor] = []
-    for matrix, rank in zip(matrices[:-1], ranks, strict=True):
-        partials.append((partials[-1] @ matrix if partials else matrix).view(-1, rank))
+    for matrix, rank in zip(matrices, ranks, strict=False):
+        partials.append(_product([matrix], partials).view(-1, rank))
     return partials
+
+
+def _product(matrices: Sequence[Tensor], partials: Sequence[Tensor]) -> Tensor:
+    """The last partial product times the last core."""
+    return partials[-1].mm(matrices[-1]) if partials else matrices[-1]
 
 
 def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tensor) -> list[Tensor]:
@@ -59,7 +62,7 @@ def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tenso
     grads = []
     for matrix, partial in zip(matrices[:0:-1], partials[::-1], strict=True):
         d = d.reshape(-1, matrix.shape[1])
-        grads.append((partial.t() @ d).view(-1))
-        d = d @ matrix.t()
+        grads.append(partial.t().mm(d).view(-1))
+        d = d.mm(matrix.t())
     grads.append(d.reshape(-1))
     return grads[::-1]
