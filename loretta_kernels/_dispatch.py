@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from loretta_kernels._autocast import off
+
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
+_HAS_TRITON_KERNELS = find_spec("loretta_kernels._triton") is not None
 
 
 class _Choice(threading.local):
@@ -63,12 +66,8 @@ def choose(device: torch.device) -> str:
 def run(operator: str, *args: Any) -> Any:
     """Run an operator by the backend named in its last argument, with autocast off inside."""
     *operands, name = args
-    function = getattr(_implementation(name), operator)
-    device_type = operands[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return function(*operands)
-    with torch.autocast(device_type, enabled=False):
-        return function(*operands)
+    with off(operands[0].device):
+        return getattr(_implementation(name), operator)(*operands)
 
 
 @cache
@@ -79,15 +78,9 @@ def _implementation(name: str) -> ModuleType:
 
 def _why_not_triton(device: torch.device) -> str | None:
     """Why Triton cannot serve a call on this device, or None when it can."""
-    if not _has_triton_kernels():
+    if not _HAS_TRITON_KERNELS:
         return "this version of loretta_kernels has no Triton kernels"
     return None if device.type == "cuda" else f"the tensors are on {device}, not on a GPU"
-
-
-@cache
-def _has_triton_kernels() -> bool:
-    """Whether the package of Triton kernels is installed."""
-    return find_spec("loretta_kernels._triton") is not None
 
 
 def _checked(name: str, source: str) -> str:

@@ -49,7 +49,8 @@ def tt_adapter_fwd(
     """y and the down waist."""
     down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
     dtype, rows_of_x = compute_dtype(x), x.reshape(-1, down_shape.in_features)
-    down_train, up_train = Train(down, down_shape, dtype), Train(up, up_shape, dtype)
+    N = len(rows_of_x)
+    down_train, up_train = Train(down, down_shape, dtype, N), Train(up, up_shape, dtype, N)
     act, _ = ACTIVATIONS[activation]
     base = rows_of_x if residual_is_x else residual
     y_dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
@@ -85,7 +86,7 @@ def tt_adapter_bwd(
     needs_dh = needs_dx or needs_ddown or needs_ddown_bias
     down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
     dtype, rows_of_x, rows_of_dy = compute_dtype(x), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    down_train, up_train = Train(down, down_shape, dtype), Train(up, up_shape, dtype)
+    down_train, up_train = Train(down, down_shape, dtype, len(waist)), Train(up, up_shape, dtype, len(waist))
     act, dact = ACTIVATIONS[activation]
     total = _total(scale, learnt_scale, dtype)
     dx, ddown, ddown_bias, dup, dup_bias, dscale = (x.new_empty(0) for _ in needs)

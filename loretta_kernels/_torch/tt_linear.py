@@ -17,8 +17,9 @@ from loretta_kernels.shape import TTShape
 def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y and the waist."""
     shape = TTShape.from_spec(tuple(spec))
-    train = Train(cores, shape, compute_dtype(x))
-    s = to_waist(x.reshape(-1, shape.in_features), train.Lt)
+    rows_of_x = x.reshape(-1, shape.in_features)
+    train = Train(cores, shape, compute_dtype(x), len(rows_of_x))
+    s = to_waist(rows_of_x, train.Lt)
     y = from_waist(None, *append_bias(s, train.R, bias), x.dtype)
     return y.view(*x.shape[:-1], shape.out_features), s
 
@@ -35,7 +36,7 @@ def tt_linear_bwd(
     """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
     needs_dx, needs_dcores, needs_dbias = needs
     shape = TTShape.from_spec(tuple(spec))
-    train = Train(cores, shape, compute_dtype(x))
+    train = Train(cores, shape, compute_dtype(x), len(waist))
     s, _ = append_bias(waist, train.R, bias)
     ds, dR = output_grads(
         dy.reshape(-1, shape.out_features), s, train.R, needs_dx or needs_dcores, needs_dcores or needs_dbias

@@ -33,14 +33,6 @@ def check_vector(name: str, vector: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} must be [{size}], got {list(vector.shape)}")
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as `nn.Linear` would take it: under autocast, in autocast's dtype (fp64 is left alone)."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
 def seed_tensor(seed: int | Tensor | None) -> Tensor:
     """The seed as a one-element int64 tensor; None draws one from torch's CPU RNG, so that no GPU is waited for."""
     if seed is None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loretta_kernels._autocast import cast
 from loretta_kernels._dispatch import choose
-from loretta_kernels.ops._arguments import autocast, check_cores, check_vector, check_x, seed_tensor
+from loretta_kernels.ops._arguments import check_cores, check_vector, check_x, seed_tensor
 from loretta_kernels.ops._operator import keep_needed, like_needed, operator
 from loretta_kernels.reference import ACTIVATIONS
 from loretta_kernels.shape import TTShape
@@ -97,7 +98,7 @@ def adapter(
         raise ValueError(f"scale must be a number or a one-element tensor, got {list(learnt_scale.shape)}")
     residual_is_x = residual is x
     y: Tensor = _TTAdapter.apply(
-        autocast(x),
+        cast(x),
         down,
         down_bias,
         up,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loretta_kernels._autocast import cast
 from loretta_kernels._dispatch import choose
-from loretta_kernels.ops._arguments import autocast, check_cores, check_vector, check_x
+from loretta_kernels.ops._arguments import check_cores, check_vector, check_x
 from loretta_kernels.ops._operator import keep_needed, like_needed, operator
 from loretta_kernels.shape import TTShape
 
@@ -38,7 +39,7 @@ def tt_linear(x: Tensor, cores: Tensor, shape: TTShape, bias: Tensor | None = No
     check_cores("cores", cores, shape)
     check_x(x, shape)
     check_vector("bias", bias, shape.out_features)
-    y: Tensor = _TTLinear.apply(autocast(x), cores, bias, shape, choose(x.device))
+    y: Tensor = _TTLinear.apply(cast(x), cores, bias, shape, choose(x.device))
     return y
 
 

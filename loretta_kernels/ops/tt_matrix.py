@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loretta_kernels import reference
+from loretta_kernels._autocast import off
 from loretta_kernels.ops._arguments import check_cores
 from loretta_kernels.shape import TTShape
 
@@ -27,5 +28,5 @@ def tt_matrix(cores: Tensor, shape: TTShape) -> Tensor:
     """
     check_cores("cores", cores, shape)
     wide = torch.promote_types(cores.dtype, torch.float32)
-    with torch.autocast(cores.device.type, enabled=False):
+    with off(cores.device):
         return reference.tt_matrix(cores.to(wide), shape).to(cores.dtype)
