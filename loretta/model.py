@@ -111,12 +111,17 @@ class _LorettaModel(BaseTuner):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(known)}"
             )
-        num_beams = kwargs.get("num_beams")
-        if isinstance(num_beams, int) and num_beams > 1:
-            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
-        hook = partial(_pass_adapter_names, adapter_names=adapter_names)
-        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in [*layers, *wrappers]]
+        # Beam search repeats the rows of a batch, but not before an encoder has seen them.
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        once = set() if encoder is self.model else set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper)):
+                repeats = 1 if module in once else beams
+                names = [name for name in adapter_names for _ in range(repeats)]
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
