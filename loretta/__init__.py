@@ -6,13 +6,10 @@ Importing this package registers ``LORETTA_ADP`` and ``LORETTA_REP`` with PEFT; 
 from peft import PeftModel, TaskType, get_peft_model
 from peft.utils import register_peft_method
 
-from ._peft_types import extend_peft_type
 from .config import LorettaAdpConfig, LorettaRepConfig
 from .export import export_lora
 from .model import LorettaAdpModel, LorettaRepModel
 
-extend_peft_type("LORETTA_ADP")
-extend_peft_type("LORETTA_REP")
 register_peft_method(name="loretta_adp", config_cls=LorettaAdpConfig, model_cls=LorettaAdpModel)
 register_peft_method(name="loretta_rep", config_cls=LorettaRepConfig, model_cls=LorettaRepModel)
 

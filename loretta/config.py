@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 
 from ._peft_types import extend_peft_type
 
+LORETTA_ADP = extend_peft_type("LORETTA_ADP")
+LORETTA_REP = extend_peft_type("LORETTA_REP")
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -147,7 +149,7 @@ class LorettaAdpConfig(_LorettaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = extend_peft_type("LORETTA_ADP")
+        self.peft_type = LORETTA_ADP
         _require_int("bottleneck_size", self.bottleneck_size, 1)
         _require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
         _require_dropout("adapter_dropout", self.adapter_dropout)
@@ -182,7 +184,7 @@ class LorettaRepConfig(_LorettaConfig):
         lora_alpha: the delta is scaled by lora_alpha / r.
         lora_dropout: dropout on the input of A, in [0, 1).
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
-        merge_weights: merge on ``model.eval()`` and unmerge on ``model.train()``; each round trip rounds the base weight.
+        merge_weights: merge on ``model.eval()``, unmerge on ``model.train()``; a round trip rounds the base weight.
         fan_in_fan_out: accepted as in PEFT's LoRA; how a base weight is stored follows from its layer's type.
         enable_lora: for fused projections: which of the ``len(enable_lora)`` equal slices of the output are adapted,
             such as ``[True, False, True]`` for q and v of a fused q, k, v.
@@ -215,7 +217,7 @@ class LorettaRepConfig(_LorettaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = extend_peft_type("LORETTA_REP")
+        self.peft_type = LORETTA_REP
         _require_int("r", self.r, 1)
         _require_number("lora_alpha", self.lora_alpha)
         for name, alpha in self.alpha_pattern.items():
@@ -282,6 +284,3 @@ def _normalised_modes(tensor_shape: Any) -> dict[str, list[int]] | None:
             )
         normalised[str(int(size))] = list(modes)
     return normalised
-
-
-__all__ = ["ACTIVATIONS", "PLACEMENTS", "LorettaAdpConfig", "LorettaRepConfig", "PeftType"]

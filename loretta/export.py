@@ -61,7 +61,8 @@ def export_lora(model: PeftModel, folder: str | os.PathLike[str], adapter_name: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME
+        {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
     )
     lora_config(config, fan_in_fan_out).save_pretrained(str(folder))
 

@@ -18,6 +18,7 @@ from transformers import (
 
 VOCABULARY = 61
 HIDDEN = 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _ROTARY: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -46,6 +47,8 @@ _BART: dict[str, Any] = {
     "max_position_embeddings": 64,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
 }
 _T5: dict[str, Any] = {
     "d_model": HIDDEN,
@@ -114,9 +117,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "t5": _T5,
     "xlm-roberta": _ENCODER,
 }
-ENCODERS = (
-    "bert camembert deberta deberta-v2 distilbert electra modernbert roberta xlm-roberta".split()
-)
+ENCODERS = "bert camembert deberta deberta-v2 distilbert electra modernbert roberta xlm-roberta".split()
 ENCODER_DECODERS = "bart m2m_100 marian mbart mt5 pegasus t5".split()
 DECODERS = [name for name in _SIZES if name not in ENCODERS and name not in ENCODER_DECODERS]
 
@@ -140,12 +141,14 @@ def usual_task(model_type: str) -> str:
 def tiny_model(model_type: str, task_type: str | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random two-layer model of the family, hidden size 32, for the task."""
     special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    task_type = task_type or usual_task(model_type)
+    labels = 2 if task_type == "QUESTION_ANS" else 3
     config = AutoConfig.for_model(
-        model_type, vocab_size=VOCABULARY, num_labels=3, **special, **{**_SIZES[model_type], **overrides}
+        model_type, vocab_size=VOCABULARY, num_labels=labels, **special, **{**_SIZES[model_type], **overrides}
     )
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = AUTO_CLASSES[task_type or usual_task(model_type)].from_config(config)
+    model = AUTO_CLASSES[task_type].from_config(config)
     return model.eval()
 
 
@@ -153,6 +156,7 @@ def tiny_batch(task_type: str, batch: int = 2, length: int = 12, seed: int = 1) 
     """Inputs and labels for a model of that task."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    ids[:, -1] = 2  # the end token, which the heads of BART and T5 look for
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         inputs["labels"] = ids
@@ -164,3 +168,13 @@ def tiny_batch(task_type: str, batch: int = 2, length: int = 12, seed: int = 1) 
         inputs["start_positions"] = torch.arange(batch)
         inputs["end_positions"] = torch.arange(batch) + 1
     return inputs
+
+
+@torch.no_grad()
+def tiny_logits(model: torch.nn.Module, task_type: str) -> torch.Tensor:
+    """The model's logits for the inputs of ``tiny_batch``."""
+    batch = {name: value for name, value in tiny_batch(task_type).items() if name != "labels"}
+    if task_type == "SEQ_2_SEQ_LM":
+        batch["decoder_input_ids"] = batch["input_ids"]
+    logits: torch.Tensor = model(**batch).logits
+    return logits

@@ -6,7 +6,7 @@ one block, whatever N is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,13 +55,15 @@ def to_waist(x: Tensor, P: Tensor, dropout: Dropout | None = None) -> Tensor:
     return s
 
 
-def from_waist(base: Tensor | None, s: Tensor, P: Tensor, dtype: torch.dtype) -> Tensor:
-    """base + s · P, [N, O] in `dtype`, for `s [N, K]` and `P [K, O]`."""
-    if dtype is P.dtype and (base is None or base.dtype is dtype):
-        return s @ P if base is None else torch.addmm(base, s, P)
-    y = P.new_empty(len(s), P.shape[1], dtype=dtype)
-    for rows in _slices(y):
-        write_rows(y, rows, base, s, P)
+def from_waist(base: Tensor | None, s: Tensor, P: Tensor, dtype: torch.dtype, lead: Sequence[int]) -> Tensor:
+    """base + s · P, `[*lead, O]` in `dtype`, for `s [N, K]` and `P [K, O]`, N the product of lead.
+
+    The result is no view: autograd forbids changing a Function's output in place when it is one, as models do.
+    """
+    y = P.new_empty(*lead, P.shape[1], dtype=dtype)
+    rows_of_y = y.view(len(s), P.shape[1])
+    for rows in [slice(None)] if _is_one_product(y, base, P) else _slices(rows_of_y):
+        write_rows(rows_of_y, rows, base, s, P)
     return y
 
 

@@ -59,8 +59,8 @@ def tt_adapter_fwd(
     z = act(_hidden(s, down_train, down_bias)) @ up_train.Lt.t()
     z, R = append_bias(z, up_train.R, up_bias)
     z = z * _total(scale, learnt_scale, dtype)
-    y = from_waist(None if base is None else base.reshape(-1, up_shape.out_features), z, R, y_dtype)
-    return y.view(*x.shape[:-1], up_shape.out_features), s
+    rows_of_base = None if base is None else base.reshape(-1, up_shape.out_features)
+    return from_waist(rows_of_base, z, R, y_dtype, x.shape[:-1]), s
 
 
 def tt_adapter_bwd(

@@ -20,8 +20,7 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
     rows_of_x = x.reshape(-1, shape.in_features)
     train = Train(cores, shape, compute_dtype(x), len(rows_of_x))
     s = to_waist(rows_of_x, train.Lt)
-    y = from_waist(None, *append_bias(s, train.R, bias), x.dtype)
-    return y.view(*x.shape[:-1], shape.out_features), s
+    return from_waist(None, *append_bias(s, train.R, bias), x.dtype, x.shape[:-1]), s
 
 
 def tt_linear_bwd(

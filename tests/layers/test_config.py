@@ -97,7 +97,9 @@ def test_fields_that_exclude_each_other_raise(fields) -> None:
     "config",
     [
         LorettaAdpConfig(scaling="learned", tensor_shape={4096: (16, 16, 16)}, target_modules=["fc1", "fc2"]),
-        LorettaRepConfig(enable_lora=[True, False], rank_pattern={"q": 4}, init_weights="gaussian", task_type="SEQ_CLS"),
+        LorettaRepConfig(
+            enable_lora=[True, False], rank_pattern={"q": 4}, init_weights="gaussian", task_type="SEQ_CLS"
+        ),
     ],
     ids=["adp", "rep"],
 )
