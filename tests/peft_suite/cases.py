@@ -8,11 +8,11 @@ from one of ours.
 from __future__ import annotations
 
 import pytest
+from gates import OURS
 from peft import LoraConfig, PeftConfig
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 
-OURS = (LorettaRepConfig, LorettaAdpConfig)
 _LABEL = {LorettaRepConfig: "rep", LorettaAdpConfig: "adp"}
 
 # Layouts that mean the same for both methods: (what the row is for, model, options).
@@ -26,6 +26,8 @@ _LAYOUTS = [
     ("another width", "MLP2", {"target_modules": ["lin0", "lin1"]}),
     ("Conv1D of width one", "EmbConv1D", {"target_modules": ["conv1d"]}),
     ("Conv1D and a linear", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
+    ("explicit modes", "MLP", {"target_modules": ["lin0"], "tensor_shape": {10: [5, 2], 20: [5, 4]}}),
+    ("ranks by name", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 3}}),
     ("frozen norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": False}),
     ("trained norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": True}),
 ]
@@ -35,6 +37,7 @@ _REP_LAYOUTS = [
     ("half of a fused output", "MLP", {"target_modules": ["lin0"], "enable_lora": [True, False]}),
 ]
 _ADP_LAYOUTS = [
+    ("on the input", "MLP", {"target_modules": ["lin0", "lin1"], "adapter_type": "mh_adapter"}),
     ("parallel", "MLP", {"target_modules": ["lin0", "lin1"], "use_parallel_adapter": True}),
     ("learned scaling", "MLP", {"target_modules": ["lin0"], "scaling": "learned"}),
     ("dense", "MLP", {"target_modules": ["lin0"], "tensorized": False}),
@@ -63,14 +66,21 @@ def _two_adapter_rows() -> list[tuple]:
     ]
 
 
-def _mixed_row(name: str, first: dict, second: dict) -> list[tuple]:
-    """Two adapters that serve one batch together: rep only, adp has no such promise."""
-    return [(f"LoRETTA_rep {name}", *(LorettaRepConfig(init_weights=False, **options) for options in (first, second)))]
+def _mixed_rows(name: str, first: dict, second: dict) -> list[tuple]:
+    """Two adapters that serve one batch together."""
+    return [
+        (
+            f"LoRETTA_{_LABEL[config_cls]} {name}",
+            config_cls(init_weights=False, **first),
+            config_cls(init_weights=False, **second),
+        )
+        for config_cls in OURS
+    ]
 
 
 def _model_rows(task_type: str) -> list:
-    """Default targets, with frozen and with trained norms."""
-    return [
+    """Default targets and placements, with frozen and with trained norms; and adp beside the linears."""
+    rows = [
         pytest.param(
             config_cls,
             {"task_type": task_type, "target_modules": None, "train_layernorm": norms},
@@ -79,6 +89,9 @@ def _model_rows(task_type: str) -> list:
         for norms in (False, True)
         for config_cls in OURS
     ]
+    parallel = {"use_parallel_adapter": True, "scaling": "learned"}
+    options = {"task_type": task_type, "target_modules": None, "train_layernorm": False}
+    return [*rows, pytest.param(LorettaAdpConfig, options | parallel, id="adp-parallel-frozen-norms")]
 
 
 LISTS = {
@@ -86,8 +99,8 @@ LISTS = {
         "TEST_CASES": _custom_rows(),
         "ALL_PEFT_CONFIG_CLASSES": list(OURS),
         "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": _two_adapter_rows(),
-        "MIXED_ADAPTER_TEST_CASES": _mixed_row(
-            "mixed", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "r": 16}
+        "MIXED_ADAPTER_TEST_CASES": _mixed_rows(
+            "mixed", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "tensor_rank": 3}
         ),
     },
     "test_decoder_models": {"ALL_CONFIGS": _model_rows("CAUSAL_LM")},
@@ -105,17 +118,18 @@ INLINE = {
     "test_adapter_name_makes_no_difference": [
         config_cls(target_modules=["lin0"], init_weights=False) for config_cls in OURS
     ],
-    "test_mixed_adapter_batches_different_target_layers": _mixed_row("different layers", _LIN0, _LIN1),
-    "test_mixed_adapter_batches_multiple_modules_to_save": _mixed_row("saved modules", _SAVED, _SAVED),
-    "test_mixed_adapter_batches_partly_overlapping_target_layers": _mixed_row(
+    "test_mixed_adapter_batches_different_target_layers": _mixed_rows("different layers", _LIN0, _LIN1),
+    "test_mixed_adapter_batches_multiple_modules_to_save": _mixed_rows("saved modules", _SAVED, _SAVED),
+    "test_mixed_adapter_batches_partly_overlapping_target_layers": _mixed_rows(
         "overlapping layers", _LIN0, {"target_modules": ["lin0", "lin1"]}
     ),
-    "test_mixed_adapter_batches_lora_conv1d_emb": _mixed_row("Conv1D", _CONV1D, _CONV1D | {"r": 16}),
-    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": _mixed_row(
+    "test_mixed_adapter_batches_lora_conv1d_emb": _mixed_rows("Conv1D", _CONV1D, _CONV1D | {"tensor_rank": 3}),
+    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": _mixed_rows(
         "Conv1D and saved modules", _CONV1D | {"modules_to_save": ["lin0"]}, _CONV1D | {"modules_to_save": ["lin0"]}
     ),
     "test_mixed_adapter_batches_lora_wrong_adapter_name_raises": [
-        ("LoRETTA_rep wrong name", LorettaRepConfig(target_modules=["lin0"], init_weights=False))
+        (f"LoRETTA_{_LABEL[config_cls]} wrong name", config_cls(target_modules=["lin0"], init_weights=False))
+        for config_cls in OURS
     ],
     "test_default_target_modules_not_set_raises": list(OURS),
     "test_default_target_modules_not_set_model_type_set_raises": list(OURS),

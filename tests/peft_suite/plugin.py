@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from types import ModuleType
 
 import pytest
-from cases import INLINE, LISTS, OURS, config_class, controls
+from cases import INLINE, LISTS, config_class, controls
 from expected import TRAINED_NORMS
-from gates import open_gates, stands_in_for_lora
+from gates import OURS, edit_row, open_gates, skip_reason, stands_in_for
 from peft import LoraConfig
 from tiny_hub import MODELS
 
@@ -29,6 +29,7 @@ _outcomes: defaultdict[tuple[str, str], Counter] = defaultdict(Counter)
 
 def pytest_configure(config):
     """Import the helpers of the tests without `diffusers` and `datasets`, and open their gates."""
+    pytest.register_assert_rewrite("tests.testing_common")
     stubbed = {name: _stub(name, attributes) for name, attributes in _UNUSED_IMPORTS.items() if name not in sys.modules}
     sys.modules.update(stubbed)
     try:
@@ -101,9 +102,11 @@ def pytest_collection_modifyitems(config, items):
             continue
         kept.append(item)
         item.user_properties.append(("group", _group(config_cls, item)))
-        reason = TRAINED_NORMS.get(item.originalname)
-        if reason and config_cls in OURS and _trains_norms(item):
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        if config_cls in OURS and _trains_norms(item) and item.originalname in TRAINED_NORMS:
+            item.add_marker(TRAINED_NORMS[item.originalname])
+        edit_row(item.originalname, config_cls, item.callspec.params)
+        if skip := skip_reason(item.originalname, config_cls, item.callspec.params.get("model_id")):
+            item.add_marker(pytest.mark.skip(reason=skip))
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
@@ -124,9 +127,9 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def _loretta_stands_in_for_lora(request, monkeypatch):
-    """Let the tests that ask for `LoraConfig` take the method of ours that belongs with it."""
+def _stand_in(request, monkeypatch):
+    """Let the tests that ask for one config class by name take the method of ours that belongs with it."""
     config_cls = _config_class(request.node)
-    if config_cls in OURS and stands_in_for_lora(request.node.originalname, config_cls):
+    if name := stands_in_for(request.node.originalname, config_cls):
         for module in (request.module, sys.modules["tests.testing_common"]):
-            monkeypatch.setattr(module, "LoraConfig", config_cls)
+            monkeypatch.setattr(module, name, config_cls, raising=False)

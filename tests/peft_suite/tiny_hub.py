@@ -120,6 +120,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 def build(cache: Path) -> None:
     """Write every model of `MODELS` into the hub cache folder `cache`."""
+    transformers.utils.logging.disable_progress_bar()
     for name, (architecture, fields) in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         model_class = getattr(transformers, architecture)
