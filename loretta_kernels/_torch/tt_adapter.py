@@ -101,7 +101,7 @@ def tt_adapter_bwd(
     if needs_dup:
         dup = up_train.dcores(dz.t() @ a, dR[: up_shape.waist]).to(up.dtype)
     if needs_dup_bias and up_bias is not None:
-        dup_bias = dR[up_shape.waist].to(up_bias.dtype)
+        dup_bias = dR[up_shape.waist].to(up_bias.dtype, copy=True)
 
     if needs_dh:
         dh = dact(dz @ up_train.Lt, h, a)

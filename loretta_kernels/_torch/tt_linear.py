@@ -44,5 +44,5 @@ def tt_linear_bwd(
     return (
         dx.view(x.shape) if needs_dx else dx,
         train.dcores(dLt, dR[: shape.waist]).to(cores.dtype) if needs_dcores else x.new_empty(0),
-        dR[shape.waist].to(bias.dtype) if bias is not None and needs_dbias else x.new_empty(0),
+        dR[shape.waist].to(bias.dtype, copy=True) if bias is not None and needs_dbias else x.new_empty(0),
     )

@@ -33,6 +33,6 @@ def like_needed(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tupl
     )
 
 
-def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def keep_needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """What a backward hands to autograd: None in place of the empty tensors."""
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -204,7 +204,8 @@ class _TTAdapter(torch.autograd.Function):
         x, waist, down, down_bias, up, up_bias, learnt_scale, seed = ctx.saved_tensors
         down_spec, up_spec = ctx.specs
         trains = down, down_spec, down_bias, up, up_spec, up_bias
-        needs = ctx.needs_input_grad[:6]
-        grads = _bwd(dy, x, waist, *trains, learnt_scale, seed, *ctx.options, needs, ctx.backend)
+        needs, grads = ctx.needs_input_grad[:6], [None] * 6
+        if any(needs):
+            grads = _bwd(dy, x, waist, *trains, learnt_scale, seed, *ctx.options, needs, ctx.backend)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[6] else None
         return *keep_needed(grads, needs), dresidual, None, None, None, None, None

@@ -1,0 +1,132 @@
+"""The choice of a backend: one place, no silent fallback, and backward follows forward."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from loretta_kernels import _dispatch, _torch, backend, tt_adapter, tt_linear, tt_lora
+
+from .problems import TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
+
+LINEAR = linear_problem(TINY_DOWN, (4,), torch.float32)
+CASES = [
+    pytest.param(tt_linear, LINEAR, id="tt_linear"),
+    pytest.param(
+        tt_adapter, adapter_problem(TINY_DOWN, TINY_UP, (4,), torch.float32, residual="none"), id="tt_adapter"
+    ),
+    pytest.param(tt_lora, lora_problem(TINY_DOWN, TINY_UP, (4,), torch.float32), id="tt_lora"),
+]
+
+
+@pytest.mark.parametrize(("function", "problem"), CASES)
+def test_a_forced_backend_that_cannot_serve_says_why(function, problem):
+    with backend("triton"), pytest.raises(RuntimeError, match='"triton" was asked for, but cannot serve: '):
+        function(**problem.tensors | problem.options)
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize(("function", "problem"), CASES)
+def test_serves_cpu_tensors_by_pytorch(function, problem, name):
+    plain = solve(function, problem)
+    with backend(name):
+        assert_equal(solve(function, problem), plain, 0)
+
+
+def test_rejects_another_name_and_keeps_the_old_choice():
+    with backend("torch"):
+        wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, torch, triton")
+        with wrong, backend("cuda"):
+            pass
+        assert _dispatch._choice.name == "torch"
+
+
+def test_nests_and_comes_back_after_an_error():
+    with backend("torch"):
+        with pytest.raises(KeyError), backend("triton"):
+            raise KeyError
+        assert _dispatch._choice.name == "torch"
+    assert _dispatch._choice.name == "auto"
+
+
+def test_is_a_choice_of_one_thread():
+    seen = []
+    with backend("triton"):
+        thread = threading.Thread(target=lambda: seen.append(tt_linear(**LINEAR.tensors | LINEAR.options)))
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+
+
+def test_backward_runs_where_forward_ran():
+    with backend("torch"):
+        x = LINEAR.tensors["x"].clone().requires_grad_()
+        y = tt_linear(x, LINEAR.tensors["cores"], TINY_DOWN)
+    with backend("triton"):
+        y.sum().backward()
+    assert x.grad is not None
+
+
+def test_the_operator_runs_in_the_backend_it_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_dispatch, "_implementation", lambda name: asked.append(name) or _torch)
+    monkeypatch.setattr(_dispatch, "_why_not_triton", lambda device: None)
+    solve(tt_linear, LINEAR)
+    with backend("torch"):
+        solve(tt_linear, LINEAR)
+    assert asked == ["triton", "triton", "torch", "torch"]
+
+
+def test_a_compiled_function_obeys_a_backend_chosen_after_it_was_compiled():
+    compiled = torch.compile(tt_linear, fullgraph=True, backend="aot_eager")
+    compiled(**LINEAR.tensors | LINEAR.options)
+    with backend("triton"), pytest.raises(Exception, match="cannot serve"):
+        compiled(**LINEAR.tensors | LINEAR.options)
+
+
+CALL = """
+import torch
+from loretta_kernels import TTShape, tt_linear
+shape = TTShape((2,), (2,), 1)
+print(tt_linear(torch.ones(1, 2), torch.ones(shape.num_params), shape).tolist())
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new process."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def test_the_environment_forces_a_backend():
+    forced = python(CALL, LORETTA_BACKEND="triton")
+    assert 'RuntimeError: backend "triton" was asked for' in forced.stderr
+    assert python(CALL, LORETTA_BACKEND="torch").stdout == "[[2.0, 2.0]]\n"
+
+
+def test_a_wrong_name_in_the_environment_is_named_when_first_used():
+    wrong = python(CALL, LORETTA_BACKEND="cuda")
+    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, torch, triton" in wrong.stderr
+
+
+def test_imports_without_triton_and_without_the_layers_above():
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it fails, as where it is not installed
+import loretta_kernels
+above = {"transformers", "peft", "loretta"} & set(sys.modules)
+assert not above, above
+"""
+    outcome = python(code + CALL)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout == "[[2.0, 2.0]]\n"
+    assert outcome.stderr == ""
