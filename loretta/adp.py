@@ -10,19 +10,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from loretta_kernels import tt_adapter
+from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
 from .layer import LorettaLayer, train_shape
 from .tensor_train import TensorTrain
-
-_DENSE_ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "identity": lambda h: h,
-}
 
 
 class LorettaAdpLinear(LorettaLayer):
@@ -105,8 +97,10 @@ class LorettaAdpLinear(LorettaLayer):
                 residual=residual,
                 dropout_p=dropout_p,
             )
+        assert isinstance(down, nn.Linear)
+        assert isinstance(up, nn.Linear)
         h = F.dropout(self._cast_input_dtype(x, down.weight.dtype), dropout_p)
-        h = _DENSE_ACTIVATIONS[self.activation[name]](down(h))
+        h = ACTIVATIONS[self.activation[name]](down(h))
         return residual + (scale * up(h)).to(residual.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

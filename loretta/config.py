@@ -32,11 +32,11 @@ PLACEMENTS = ("mh_adapter", "output_adapter")
 class _LorettaConfig(PeftConfig):
     """What both methods share; see the subclasses for the fields that differ."""
 
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Names (suffixes), a regex, or 'all-linear'; None takes the model family's default."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names (suffixes) or a regex of modules that are not adapted."}
     )
     tensor_rank: int = field(default=5, metadata={"help": "The rank of every bond of the tensor trains."})

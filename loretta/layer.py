@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -40,19 +41,21 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 f"LoRETTA adapts torch.nn.Linear, transformers' Conv1D and the quantised linears PEFT knows, "
                 f"got {type(linear).__name__}"
             )
-        self.in_features, self.out_features = _get_in_out_features(linear)
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(linear)  # type: ignore[assignment]
 
+    @abstractmethod
     def add_adapter(self, adapter_name: str, config: _LorettaConfig, key: str) -> None:
         """Create the adapter's weights. ``key`` is the module's name, for the patterns of the config."""
-        raise NotImplementedError  # each method has its own
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer holds an adapter of that name."""
         return adapter_name in getattr(self, self.adapter_layer_names[0])
 
+    @abstractmethod
     def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer with the named adapters, all of which this layer holds."""
-        raise NotImplementedError  # each method has its own
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any

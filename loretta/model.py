@@ -77,19 +77,22 @@ class _LorettaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(target, self.tuner_layer_cls):
+        assert isinstance(peft_config, _LorettaConfig)
+        if isinstance(target, self.tuner_layer_cls):
+            layer = target
+        else:
             try:
                 layer = self.tuner_layer_cls(target, **get_quantization_kwargs(self))
             except TypeError as error:
                 raise ValueError(f"target module {current_key!r}: {error}") from None
             setattr(parent, target_name, layer)
-        self._add_adapter_to_layer(layer, adapter_name, peft_config, current_key)
+        layer.add_adapter(adapter_name, peft_config, current_key, **self._adapter_options(peft_config, current_key))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
-    def _add_adapter_to_layer(self, layer: Any, adapter_name: str, config: PeftConfig, key: str) -> None:
-        layer.add_adapter(adapter_name, config, key)
+    def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
+        """What a method tells its layer called ``key`` beyond the config."""
+        return {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
@@ -172,9 +175,9 @@ class LorettaAdpModel(_LorettaModel):
             peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, family.after_attention)
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _add_adapter_to_layer(self, layer: Any, adapter_name: str, config: PeftConfig, key: str) -> None:
+    def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LorettaAdpConfig)
-        layer.add_adapter(adapter_name, config, key, placement=self._placement(config, key))
+        return {"placement": self._placement(config, key)}
 
     def _placement(self, config: LorettaAdpConfig, key: str) -> str:
         """Where the adapter of the linear called ``key`` goes."""

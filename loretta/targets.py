@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -96,7 +96,7 @@ class TargetTable(Mapping[str, list[str]]):
         family = FAMILIES[model_type]
         return [name for field in self.fields for name in getattr(family, field)]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(FAMILIES)
 
     def __len__(self) -> int:
