@@ -23,9 +23,10 @@ the whole list, as "rep / adp: why", an asterisk where the default is changed:
 - `set_init_weights_false` (an option per class, otherwise `init_weights=False`): the latter / the latter.
 - `_test_merge_layers`, `_test_safe_merge`, `test_disable_adapters_with_merging` (wider tolerances for some methods):
   the narrow one / skipped.
-- `test_parameters_after_loading_model` (learning rate 0.5, or 0.01 for VBLoRA, RandLoRA, UniLoRA and OSF): 0.01* /
-  0.01*: its loss has no lower bound, and a product of many cores overflows as these methods do.
-- `test_only_params_are_updated`, `test_disable_adapters` (another learning rate for some methods): the default of each.
+- `test_only_params_are_updated`, `test_parameters_after_loading_model` (learning rate 0.5, or one of its own for eleven
+  methods): 0.01* / 0.01* on the MLPs, where three steps down a loss without lower bound give NaN in every parameter,
+  which the first test takes for an update. `learning_rate` gives it, and the steps are checked to be finite.
+- `test_disable_adapters` (another learning rate for some methods): the default / the default.
 - `test_disable_adapter_with_bias_warns` (its condition holds always): skipped / skipped, as for every method.
 - `test_lora_conversion` (asks the layer): runs / ends at once. On OPT it reads the resolved `target_modules` back from
   the caller's config, which LoRETTA does not write to: there `edit_row` names the default targets.
@@ -47,7 +48,6 @@ _STAND_INS: dict[str, tuple[str, tuple[type, ...]]] = {
     "test_mixed_adapter_batches": ("LoraConfig", OURS),
     "test_generate_with_mixed_adapter_batches": ("LoraConfig", (LorettaRepConfig,)),
     "test_adding_multiple_adapters_with_bias_raises": ("LoraConfig", (LorettaRepConfig,)),
-    "test_parameters_after_loading_model": ("RandLoraConfig", OURS),
 }
 _OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
 # (test, method, model or None for all) -> why it is skipped
@@ -59,6 +59,9 @@ _SKIPPED: dict[tuple[str, type, str | None], str] = {
         _OPT,
     ): "OPT flattens the batch before the layers that adp targets.",
 }
+_TRAINING = ("test_only_params_are_updated", "test_parameters_after_loading_model")
+# model -> learning rate in these tests
+_LEARNING_RATES = {"MLP": 0.01, "MLP2": 0.01}
 # (test, method, model) -> options added to the row
 _ROW_EDITS = {("test_lora_conversion", LorettaRepConfig, _OPT): {"target_modules": ["q_proj", "v_proj"]}}
 
@@ -66,6 +69,11 @@ _ROW_EDITS = {("test_lora_conversion", LorettaRepConfig, _OPT): {"target_modules
 def skip_reason(test_name: str, config_cls: type, model_id: str | None) -> str | None:
     """Why the test is not run for this method and model, if so."""
     return _SKIPPED.get((test_name, config_cls, None)) or _SKIPPED.get((test_name, config_cls, model_id))
+
+
+def learning_rate(test_name: str, config_cls: type, model_id: str | None) -> float | None:
+    """The learning rate that the test shall use for one of our methods, None for the test's own."""
+    return _LEARNING_RATES.get(model_id or "") if test_name in _TRAINING and config_cls in OURS else None
 
 
 def edit_row(test_name: str, config_cls: type, params: dict) -> None:

@@ -14,9 +14,10 @@ from collections import Counter, defaultdict
 from types import ModuleType
 
 import pytest
+import torch
 from cases import INLINE, LISTS, config_class, controls
 from expected import TRAINED_NORMS
-from gates import OURS, edit_row, open_gates, skip_reason, stands_in_for
+from gates import OURS, edit_row, learning_rate, open_gates, skip_reason, stands_in_for
 from peft import LoraConfig
 from tiny_hub import MODELS
 
@@ -133,3 +134,22 @@ def _stand_in(request, monkeypatch):
     if name := stands_in_for(request.node.originalname, config_cls):
         for module in (request.module, sys.modules["tests.testing_common"]):
             monkeypatch.setattr(module, name, config_cls, raising=False)
+
+
+class _FiniteSGD(torch.optim.SGD):
+    """SGD whose steps must leave finite parameters: NaN would pass for a changed one."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        assert all(p.isfinite().all() for group in self.param_groups for p in group["params"])
+        return loss
+
+
+@pytest.fixture(autouse=True)
+def _learning_rate(request, monkeypatch):
+    """Train our rows finitely, at our learning rate where PEFT's table has none for us."""
+    node = request.node
+    config_cls = _config_class(node)
+    if config_cls in OURS:
+        own = learning_rate(node.originalname, config_cls, node.callspec.params.get("model_id"))
+        monkeypatch.setattr(torch.optim, "SGD", lambda params, lr: _FiniteSGD(params, lr=own or lr))
