@@ -64,6 +64,7 @@ def add_parser(commands: Any) -> None:
         "finetune",
         help="train an adapter on a text, JSONL or CSV file",
         description="Fine-tune a causal language model or a classifier with a LoRETTA adapter.",
+        usage="loretta finetune --model MODEL --data FILE --method {adp,rep} --output DIR [option ...]",
         epilog=EPILOG,
     )
     options.add_model_options(parser, dtypes=("float32", "bfloat16"), required=True)
@@ -108,7 +109,13 @@ def add_parser(commands: Any) -> None:
     training.add_argument(
         "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="default: linear"
     )
-    training.add_argument("--warmup-steps", type=options.natural, default=0, metavar="N", help="default 0")
+    training.add_argument(
+        "--warmup",
+        type=options.share,
+        default=0.1,
+        metavar="X",
+        help="part of the steps that raise the rate (default 0.1)",
+    )
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     training.add_argument("--seed", type=options.natural, default=0, metavar="N", help="default 0")
     output = parser.add_argument_group("output")
@@ -156,7 +163,7 @@ def _checked(args: argparse.Namespace) -> Job:
         base = base.with_labels(label_names(rows))
     schedule = Schedule(
         args.lr, args.steps, args.epochs, args.batch_size, args.grad_accum, args.weight_decay, args.lr_schedule,
-        args.warmup_steps, args.seed, args.save_steps or None, args.gradient_checkpointing,
+        args.warmup, args.seed, args.save_steps or None, args.gradient_checkpointing,
     )  # fmt: skip
     return Job(base, config, schedule, rows, held_rows, args)
 

@@ -15,10 +15,11 @@ STARTS = {"identity": True, "gaussian": "gaussian"}
 
 @dataclasses.dataclass(frozen=True)
 class MethodOption:
-    """An option, the field that it sets in each method's configuration, and how argparse reads it."""
+    """An option, the field that it sets in each method's configuration, its help, and how argparse reads it."""
 
     flag: str
     fields: dict[str, str]
+    text: str
     reading: dict[str, Any]
 
     @property
@@ -26,15 +27,13 @@ class MethodOption:
         return "method_" + self.flag.strip("-").replace("-", "_")
 
     def help(self) -> str:
-        """The field's own help, and the default of each method that has it."""
-        described = {method: _field(method, name) for method, name in self.fields.items()}
-        text = next(iter(described.values())).metadata["help"].rstrip(".").replace("%", "%%")
-        defaults = {method: _shown(field) for method, field in described.items()}
-        if len(self.fields) == 1:
-            return f"{text} ({next(iter(self.fields))} only; default {next(iter(defaults.values()))})"
-        if len(set(defaults.values())) == 1:
-            return f"{text} (default {defaults['adp']})"
-        return f"{text} (default: {', '.join(f'{method} {value}' for method, value in defaults.items())})"
+        """The text, which method has the option, and the default where there is one to show."""
+        only = f"{next(iter(self.fields))} only" if len(self.fields) == 1 else ""
+        shown = {method: _shown_default(method, name) for method, name in self.fields.items()}
+        same = len(set(shown.values())) == 1
+        default = shown[next(iter(shown))] if same else ", ".join(f"{value} for {m}" for m, value in shown.items())
+        notes = [note for note in (only, f"default {default}" if default else "") if note]
+        return f"{self.text} ({'; '.join(notes)})" if notes else self.text
 
 
 def _both(name: str) -> dict[str, str]:
@@ -49,24 +48,67 @@ def _scaling(text: str) -> float | str:
         return text
 
 
+_ON = {"action": "store_const", "const": True}
+_OFF = {"action": "store_const", "const": False}
+_INT = {"type": int, "metavar": "N"}
+
 OPTIONS = (
-    MethodOption("--rank", _both("tensor_rank"), {"type": int, "metavar": "N"}),
-    MethodOption("--bottleneck", {"adp": "bottleneck_size"}, {"type": int, "metavar": "N"}),
-    MethodOption("--activation", {"adp": "non_linearity"}, {"metavar": "NAME"}),
-    MethodOption("--scaling", {"adp": "scaling"}, {"type": _scaling, "metavar": "X"}),
-    MethodOption("--parallel", {"adp": "use_parallel_adapter"}, {"action": "store_const", "const": True}),
-    MethodOption("--adapterp", {"adp": "use_adapterp"}, {"action": "store_const", "const": True}),
-    MethodOption("--dense", {"adp": "tensorized"}, {"action": "store_const", "const": False}),
-    MethodOption("--r", {"rep": "r"}, {"type": int, "metavar": "N"}),
-    MethodOption("--alpha", {"rep": "lora_alpha"}, {"type": float, "metavar": "X"}),
-    MethodOption("--dropout", {"adp": "adapter_dropout", "rep": "lora_dropout"}, {"type": float, "metavar": "P"}),
-    MethodOption("--target-modules", _both("target_modules"), {"nargs": "+", "metavar": "NAME"}),
-    MethodOption("--layers", _both("layers_to_transform"), {"nargs": "+", "type": int, "metavar": "N"}),
-    MethodOption("--modules-to-save", _both("modules_to_save"), {"nargs": "+", "metavar": "NAME"}),
-    MethodOption("--bias", _both("bias"), {"metavar": "WHICH"}),
-    MethodOption("--init", _both("init_weights"), {"choices": tuple(STARTS)}),
-    MethodOption("--no-train-layernorm", _both("train_layernorm"), {"action": "store_const", "const": False}),
-    MethodOption("--no-tensorize-head", _both("tensorize_head"), {"action": "store_const", "const": False}),
+    MethodOption("--rank", _both("tensor_rank"), "rank of every bond of the tensor trains", _INT),
+    MethodOption("--bottleneck", {"adp": "bottleneck_size"}, "width of the bottleneck", _INT),
+    MethodOption(
+        "--activation", {"adp": "non_linearity"}, "relu, gelu, gelu_tanh, silu, tanh or identity", {"metavar": "NAME"}
+    ),
+    MethodOption(
+        "--scaling", {"adp": "scaling"}, "factor of the adapter, or: learned", {"type": _scaling, "metavar": "X"}
+    ),
+    MethodOption("--parallel", {"adp": "use_parallel_adapter"}, "adapters beside the linears, not in series", _ON),
+    MethodOption("--adapterp", {"adp": "use_adapterp"}, "adapters on the output of the feed-forward blocks only", _ON),
+    MethodOption("--dense", {"adp": "tensorized"}, "plain matrices in the place of tensor trains", _OFF),
+    MethodOption("--r", {"rep": "r"}, "inner dimension of the two factors", _INT),
+    MethodOption(
+        "--alpha", {"rep": "lora_alpha"}, "the update is scaled by alpha / r", {"type": float, "metavar": "X"}
+    ),
+    MethodOption(
+        "--dropout",
+        {"adp": "adapter_dropout", "rep": "lora_dropout"},
+        "dropout on the adapter's input",
+        {"type": float, "metavar": "P"},
+    ),
+    MethodOption(
+        "--target-modules",
+        _both("target_modules"),
+        "ends of the names of the linears to adapt, or: all-linear (default: by the model's family)",
+        {"nargs": "+", "metavar": "NAME"},
+    ),
+    MethodOption(
+        "--layers",
+        _both("layers_to_transform"),
+        "indices of the layers to adapt (default: all)",
+        {"nargs": "+", "type": int, "metavar": "N"},
+    ),
+    MethodOption(
+        "--modules-to-save",
+        _both("modules_to_save"),
+        "further modules to train and save whole",
+        {"nargs": "+", "metavar": "NAME"},
+    ),
+    MethodOption(
+        "--bias",
+        _both("bias"),
+        "which biases of the base are trained: none, all, or those of the adapted linears "
+        "(adapter_only for adp, lora_only for rep)",
+        {"metavar": "WHICH"},
+    ),
+    MethodOption(
+        "--init",
+        _both("init_weights"),
+        "identity: start as the base model; gaussian: as in the paper",
+        {"choices": tuple(STARTS)},
+    ),
+    MethodOption("--no-train-layernorm", _both("train_layernorm"), "leave the base's norms as they are", _OFF),
+    MethodOption(
+        "--no-tensorize-head", _both("tensorize_head"), "seq_cls: keep the dense layer of the head dense", _OFF
+    ),
 )
 
 
@@ -86,9 +128,10 @@ def method_config(args: argparse.Namespace, task: str) -> Any:
     Raises:
         UserError: for an option of the other method, or a value that the configuration refuses.
     """
-    given = {option: getattr(args, option.dest) for option in OPTIONS if getattr(args, option.dest) is not None}
+    given = [option for option in OPTIONS if getattr(args, option.dest) is not None]
     fields = {}
-    for option, value in given.items():
+    for option in given:
+        value = getattr(args, option.dest)
         if args.method not in option.fields:
             raise UserError(f"{option.flag} belongs to --method {next(iter(option.fields))}, not {args.method}")
         name = option.fields[args.method]
@@ -98,11 +141,8 @@ def method_config(args: argparse.Namespace, task: str) -> Any:
     try:
         return CONFIGS[args.method](task_type=TASK_TYPES[task], **fields)
     except (ValueError, TypeError) as error:
-        names = {
-            option.fields[args.method]: option.flag for option in given if option.fields[args.method] in str(error)
-        }
-        flags = f" ({', '.join(names.values())})" if names else ""
-        raise UserError(f"{one_line(error)}{flags}") from error
+        flags = [option.flag for option in given if option.fields[args.method] in str(error)]
+        raise UserError(f"{one_line(error)}{f' ({flags[0]})' if flags else ''}") from error
 
 
 def method_settings(config: Any, method: str) -> dict[str, Any]:
@@ -113,14 +153,9 @@ def method_settings(config: Any, method: str) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
-def _field(method: str, name: str) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(CONFIGS[method]) if field.name == name)
-
-
-def _shown(field: dataclasses.Field) -> str:
-    """A default as the user would give it."""
-    if field.name == "init_weights":
-        return next(name for name, value in STARTS.items() if value is field.default)
-    if isinstance(field.default, bool):
-        return "yes" if field.default else "no"
-    return "the method's" if field.name == "target_modules" else str(field.default).lower()
+def _shown_default(method: str, name: str) -> str:
+    """The default of a field as the user would give it; empty for switches and where the text says it."""
+    default = next(field.default for field in dataclasses.fields(CONFIGS[method]) if field.name == name)
+    if name == "init_weights":
+        return next(start for start, value in STARTS.items() if value is default)
+    return "" if default is None or isinstance(default, bool) else f"{default}"

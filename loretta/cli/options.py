@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import huggingface_hub
 import torch
 import transformers
 
@@ -53,6 +55,7 @@ positive_int = _number(int, lambda value: value >= 1, "a whole number of at leas
 at_least_two = _number(int, lambda value: value >= 2, "a whole number of at least 2")
 not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+share = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
@@ -78,6 +81,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """What every command does first: threads, and no library's words among ours."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if getattr(args, "threads", None):

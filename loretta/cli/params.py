@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
         "params",
         help="count what would be trained, without loading a weight",
         description="Trainable parameters by group: cores, biases, norms, head.",
+        usage="loretta params --model MODEL --method {adp,rep} [option ...]",
         epilog=EPILOG,
     )
     group = parser.add_argument_group("model")

@@ -22,7 +22,7 @@ class Schedule:
     grad_accum: int
     weight_decay: float
     lr_schedule: str
-    warmup_steps: int
+    warmup: float
     seed: int
     save_steps: int | None
     gradient_checkpointing: bool
@@ -54,7 +54,7 @@ def train(
         gradient_accumulation_steps=schedule.grad_accum,
         weight_decay=schedule.weight_decay,
         lr_scheduler_type=schedule.lr_schedule,
-        warmup_steps=schedule.warmup_steps,
+        warmup_steps=schedule.warmup,
         optim="adamw_torch",
         seed=schedule.seed,
         gradient_checkpointing=schedule.gradient_checkpointing,
