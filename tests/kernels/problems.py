@@ -61,10 +61,10 @@ def error(answer: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_good_as_plain(ours: Answers, plain: Answers, truth: Answers) -> None:
-    """At most twice the error of plain PyTorch, or what a few roundings cost: of the answer, of fp32, of the truth."""
+    """At most twice the error of plain PyTorch, or what rounding costs: one of the answer, eight along fp32 products."""
     assert ours.keys() == truth.keys() == plain.keys()
     for name, answer in ours.items():
-        rounding = torch.finfo(answer.dtype).eps + 2 * torch.finfo(torch.float32).eps
+        rounding = torch.finfo(answer.dtype).eps + 8 * torch.finfo(torch.float32).eps
         if answer.dtype is torch.float64:
             rounding = FP64_BAR
         if answer.numel() == 1:  # a sum that may cancel, with no other elements to average the luck over
