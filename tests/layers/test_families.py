@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.layer import LorettaLayer
@@ -35,7 +36,24 @@ def train(model, task: str, steps: int = 3) -> None:
 
 
 def test_the_tiny_models_cover_the_table() -> None:
-    assert set(FAMILIES) - {"gemma3"} == set(_SIZES)  # gemma3 is gemma3_text behind an image encoder
+    assert set(FAMILIES) - {"gemma3"} == set(_SIZES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gemma3_behind_an_image_encoder_trains(method: str) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {**text, "image_size": 28, "patch_size": 14}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 61}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    base = AutoModelForImageTextToText.from_config(config)
+    model = get_peft_model(base, METHODS[method](task_type="CAUSAL_LM", init_weights=False))
+    ids = tiny_batch("CAUSAL_LM")["input_ids"]
+    model(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
+    layers = {name for name, module in model.named_modules() if isinstance(module, LorettaLayer)}
+    of_text = [name for name in layers if "language_model" in name]
+    assert len(of_text) == {"adp": 3, "rep": 2}[method]
+    for name in of_text:
+        assert all(p.grad.any() for key, p in model.get_submodule(name).named_parameters() if "loretta" in key)
 
 
 @pytest.mark.parametrize("method", METHODS)
