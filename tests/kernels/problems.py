@@ -61,7 +61,7 @@ def error(answer: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_good_as_plain(ours: Answers, plain: Answers, truth: Answers) -> None:
-    """At most twice the error of plain PyTorch, or what rounding costs: one of the answer, eight along fp32 products."""
+    """At most twice the error of plain PyTorch, or what rounding costs: the answer once, fp32 products eight times."""
     assert ours.keys() == truth.keys() == plain.keys()
     for name, answer in ours.items():
         rounding = torch.finfo(answer.dtype).eps + 8 * torch.finfo(torch.float32).eps
