@@ -16,7 +16,7 @@ from loretta import LorettaAdpConfig, LorettaRepConfig
 _LABEL = {LorettaRepConfig: "rep", LorettaAdpConfig: "adp"}
 
 # Layouts that mean the same for both methods: (what the row is for, model, options).
-_LAYOUTS = [
+_LAYOUTS: list[tuple[str, str, dict]] = [
     ("target given as a string", "MLP", {"target_modules": "lin0"}),
     ("one target", "MLP", {"target_modules": ["lin0"]}),
     ("output wider than two", "MLP", {"target_modules": ["lin1"]}),
@@ -31,12 +31,12 @@ _LAYOUTS = [
     ("frozen norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": False}),
     ("trained norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": True}),
 ]
-_REP_LAYOUTS = [
+_REP_LAYOUTS: list[tuple[str, str, dict]] = [
     ("alpha and dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
     ("rank four", "MLP", {"target_modules": ["lin0"], "r": 4, "tensor_rank": 3}),
     ("half of a fused output", "MLP", {"target_modules": ["lin0"], "enable_lora": [True, False]}),
 ]
-_ADP_LAYOUTS = [
+_ADP_LAYOUTS: list[tuple[str, str, dict]] = [
     ("on the input", "MLP", {"target_modules": ["lin0", "lin1"], "adapter_type": "mh_adapter"}),
     ("parallel", "MLP", {"target_modules": ["lin0", "lin1"], "use_parallel_adapter": True}),
     ("learned scaling", "MLP", {"target_modules": ["lin0"], "scaling": "learned"}),

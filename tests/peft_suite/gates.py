@@ -63,15 +63,20 @@ _TRAINING = ("test_only_params_are_updated", "test_parameters_after_loading_mode
 # model -> learning rate in these tests
 _LEARNING_RATES = {"MLP": 0.01, "MLP2": 0.01}
 # (test, method, model) -> options added to the row
-_ROW_EDITS = {("test_lora_conversion", LorettaRepConfig, _OPT): {"target_modules": ["q_proj", "v_proj"]}}
+_ROW_EDITS: dict[tuple[str, type, str | None], dict] = {
+    ("test_lora_conversion", LorettaRepConfig, _OPT): {"target_modules": ["q_proj", "v_proj"]}
+}
 
 
 def skip_reason(test_name: str, config_cls: type, model_id: str | None) -> str | None:
     """Why the test is not run for this method and model, if so."""
-    return _SKIPPED.get((test_name, config_cls, None)) or _SKIPPED.get((test_name, config_cls, model_id))
+    return next(
+        (why for key, why in _SKIPPED.items() if key[:2] == (test_name, config_cls) and key[2] in (None, model_id)),
+        None,
+    )
 
 
-def learning_rate(test_name: str, config_cls: type, model_id: str | None) -> float | None:
+def learning_rate(test_name: str, config_cls: type | None, model_id: str | None) -> float | None:
     """The learning rate that the test shall use for one of our methods, None for the test's own."""
     return _LEARNING_RATES.get(model_id or "") if test_name in _TRAINING and config_cls in OURS else None
 
@@ -82,7 +87,7 @@ def edit_row(test_name: str, config_cls: type, params: dict) -> None:
         params["config_kwargs"] = params["config_kwargs"] | edit
 
 
-def stands_in_for(test_name: str, config_cls: type) -> str | None:
+def stands_in_for(test_name: str, config_cls: type | None) -> str | None:
     """The name of the config class in whose place the test `test_name` shall find `config_cls`, if any."""
     name, classes = _STAND_INS.get(test_name, (None, ()))
     return name if config_cls in classes else None

@@ -62,10 +62,9 @@ def pytest_generate_tests(metafunc):
         open_gates(module)
         for attribute, rows in LISTS.get(name, {}).items():
             _fill(getattr(module, attribute), rows)
-    rows = INLINE.get(metafunc.function.__name__)
-    if rows is not None:
+    if inline := INLINE.get(metafunc.function.__name__):
         for mark in metafunc.definition.iter_markers("parametrize"):
-            _fill(mark.args[1], rows)
+            _fill(mark.args[1], inline)
 
 
 def _fill(matrix: list, rows: list) -> None:
@@ -74,23 +73,24 @@ def _fill(matrix: list, rows: list) -> None:
         matrix[:] = controls(matrix) + rows
 
 
-def _config_class(item: pytest.Item) -> type | None:
+def _config_class(item: pytest.Function) -> type | None:
     """The method that a test was parametrised with."""
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec else ()
     return next((found for found in map(config_class, values) if found), None)
 
 
-def _group(config_cls: type, item: pytest.Item) -> str:
+def _group(config_cls: type, item: pytest.Function) -> str:
     """The column of the summary that a test counts in."""
     if config_cls is LoraConfig:
         return "LoRA (control)"
     return f"{config_cls.__name__}, {'trained' if _trains_norms(item) else 'frozen'} norms"
 
 
-def _trains_norms(item: pytest.Item) -> bool:
+def _trains_norms(item: pytest.Function) -> bool:
     """Whether the row asks for trained norms (the rows on models without norms do not)."""
-    return bool(item.callspec.params.get("config_kwargs", {}).get("train_layernorm"))
+    options = item.callspec.params.get("config_kwargs")
+    return isinstance(options, dict) and bool(options.get("train_layernorm"))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         config_cls = _config_class(item)
-        if config_cls not in (*OURS, LoraConfig):
+        if config_cls is None or config_cls not in (*OURS, LoraConfig):
             dropped.append(item)
             continue
         kept.append(item)
