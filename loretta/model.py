@@ -87,8 +87,6 @@ class _LorettaModel(BaseTuner):
                 raise ValueError(f"target module {current_key!r}: {error}") from None
             setattr(parent, target_name, layer)
         layer.add_adapter(adapter_name, peft_config, current_key, **self._adapter_options(peft_config, current_key))
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         """What a method tells its layer called ``key`` beyond the config."""

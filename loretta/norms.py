@@ -48,13 +48,8 @@ def norm_names(model: nn.Module, modules_to_save: Sequence[str] | None) -> list[
         parts = key.split(".")
         ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
         if not any(end in names for end in ends):
-            names[next((end for end in ends if _selects_only(end, keys, wanted)), key)] = None
+            names[next((end for end in ends if all(k in wanted for k in keys if k.endswith(end))), key)] = None
     return list(names)
-
-
-def _selects_only(name: str, keys: Sequence[str], wanted: set[str]) -> bool:
-    """Whether PEFT would wrap, and bar from being adapted, wanted modules only."""
-    return all(key in wanted for key in keys if key.endswith(name) or _is_saved_whole(key, [name]))
 
 
 def _is_saved_whole(key: str, modules_to_save: Sequence[str]) -> bool:

@@ -150,6 +150,21 @@ def test_a_second_adapter_trains_its_own_norms(config) -> None:
     assert all("modules_to_save.b." in name for name in norms)
 
 
+@pytest.mark.parametrize(
+    "config", [rep(lora_dropout=0.5), adp(adapter_dropout=0.5), adp(adapter_dropout=0.5, tensorized=False)]
+)
+def test_dropout_is_random_in_training_and_absent_in_eval(config) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    torch.manual_seed(5)
+    first = logits(model.train())
+    assert not torch.equal(logits(model), first)
+    torch.manual_seed(5)
+    assert torch.equal(logits(model), first)
+    steady = logits(model.eval())
+    assert torch.equal(logits(model), steady)
+    assert not torch.allclose(steady, first)
+
+
 @pytest.mark.parametrize("config", [rep, adp])
 def test_an_exception_inside_disable_adapter_leaves_the_adapter_on(config) -> None:
     model = get_peft_model(tiny_model("llama"), config()).eval()
