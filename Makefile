@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help demo test test-peft lint clean
 
 help: ## print these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 # torch comes first, so that nothing else chooses its version; the last line is the small models and the text of the
 # demo and the tests.

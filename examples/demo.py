@@ -38,7 +38,7 @@ def write_text() -> None:
     bible = source.split('"""')[1]
     start = bible.index("1. Blessed is the man who doesn`t walk in the counsel of the wicked")
     psalms = bible[start : bible.index("1. The proverbs of Solomon, the son of David", start)]
-    cut = psalms.index("\n" if "\n" in psalms else " Psalm ", len(psalms) * 9 // 10)
+    cut = psalms.index(" Psalm ", len(psalms) * 9 // 10)
     TEXT.parent.mkdir(exist_ok=True)
     TEXT.write_text(psalms[:cut], encoding="utf-8")
     HELD_OUT.write_text(psalms[cut:], encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "sc
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that has all its files, or None."""
+    """The checkpoint of the highest step, or None; those that lack a file are of no use and removed."""
     steps = {}
     for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and _is_complete(path):
-            steps[int(number)] = path
+        if _is_complete(path):
+            steps[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            shutil.rmtree(path)
     return steps[max(steps)] if steps else None
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from loretta.cli import options
@@ -14,13 +15,13 @@ from loretta.cli.encode import Collator, encode, label_names
 from loretta.cli.errors import UserError
 from loretta.cli.method import add_method_options, method_config, method_settings
 from loretta.cli.metrics import METRICS, evaluate
-from loretta.cli.models import Base, load_base, load_tokenizer, make_base, usable_seq_len
+from loretta.cli.models import Base, load_base, load_config, load_tokenizer, make_base, usable_seq_len
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
 from loretta.cli.plot import need_matplotlib, plot_losses
 from loretta.cli.report import say, show, shown_bytes, shown_metric
 from loretta.cli.rows import Rows, read_rows
 from loretta.cli.training import Outcome, Schedule, train
-from loretta.cli.wrapping import wrapped
+from loretta.cli.wrapping import skeleton, wrapped
 
 EPILOG = f"""\
 {options.DATA_FORMATS}
@@ -174,6 +175,8 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     metric = METRICS[base.task]
     tokenizer = load_tokenizer(base)
     seq_len = usable_seq_len(args.seq_len, base, tokenizer)
+    with torch.device("meta"):  # whether the method fits shows before any weight is loaded
+        wrapped(skeleton(load_config(base), base.task, base.model), job.config)
     examples = encode(job.rows, tokenizer, seq_len, base.labels)
     held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
     collator = Collator(tokenizer.pad_token_id)
@@ -195,6 +198,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     outcome = train(model, examples, collator, job.schedule, output.checkpoints, checkpoint)
     after = evaluate(model, held_out, collator, args.batch_size, base.task, "after")
     if not math.isfinite(after["loss"]):
+        output.drop_checkpoints()
         raise UserError(f"the training diverged (held-out loss {after['loss']}); nothing was saved; lower --lr")
 
     model.save_pretrained(output.new)

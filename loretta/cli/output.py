@@ -54,7 +54,7 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clear(self.new)
-        if not self.checkpoints.exists():
+        if not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             self._clear(self.part)
         if self._lock is not None:
             self._lock.close()
@@ -64,7 +64,12 @@ class OutputFolder:
         if self.path.exists():
             os.replace(self.path, self.replaced)
         os.replace(self.new, self.path)
-        self._clear(self.replaced, self.checkpoints)
+        self._clear(self.replaced)
+        self.drop_checkpoints()
+
+    def drop_checkpoints(self) -> None:
+        """The run is over, well or badly: there is nothing to go on from."""
+        self._clear(self.checkpoints)
 
     def _clear(self, *folders: Path) -> None:
         for folder in folders:

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from loretta.cli import options
 from loretta.cli.errors import UserError, one_line
 from loretta.cli.method import add_method_options, method_config
-from loretta.cli.models import AUTO_MODELS, load_config, make_base
+from loretta.cli.models import load_config, make_base
 from loretta.cli.presets import PRESETS
-from loretta.cli.wrapping import wrapped
+from loretta.cli.wrapping import skeleton, wrapped
 from loretta.norms import is_feature_norm
 from loretta.tensor_train import TensorTrain
 
@@ -65,12 +65,9 @@ def run(args: argparse.Namespace) -> None:
     method = method_config(args, task)
     if task == "seq_cls":
         config.num_labels = args.classes
+    base = skeleton(config, task, args.model)
+    total = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"):
-        try:
-            base = AUTO_MODELS[task].from_config(config)
-        except ValueError as error:
-            raise UserError(f"{args.model}: no {task} model of this kind: {one_line(error)[:200]}") from error
-        total = sum(parameter.numel() for parameter in base.parameters())
         groups = count_groups(wrapped(base, method))
     trainable = sum(groups.values())
     result = {

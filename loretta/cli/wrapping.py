@@ -2,8 +2,24 @@
 
 from typing import Any
 
+import torch
+
 from loretta import get_peft_model
 from loretta.cli.errors import UserError, one_line
+from loretta.cli.models import AUTO_MODELS
+
+
+def skeleton(config: Any, task: str, name: str) -> Any:
+    """The model of a transformers configuration on the meta device: every shape, no weight.
+
+    Raises:
+        UserError: where there is no such model for the task.
+    """
+    with torch.device("meta"):
+        try:
+            return AUTO_MODELS[task].from_config(config)
+        except ValueError as error:
+            raise UserError(f"{name}: no {task} model of this kind: {one_line(error)[:200]}") from error
 
 
 def wrapped(model: Any, config: Any) -> Any:

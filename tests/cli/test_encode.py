@@ -1,0 +1,94 @@
+"""What the model is asked to predict: packed text, completions, the assistant's turns."""
+
+import pytest
+import torch
+
+from loretta.cli.encode import IGNORED, Collator, encode, label_names
+from loretta.cli.errors import UserError
+from loretta.cli.rows import Row, Rows
+
+EOS = 1
+GENERATION_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long"},
+]
+
+
+def rows(kind: str, *fields: dict) -> Rows:
+    return Rows("f.jsonl", kind, [Row(f"f.jsonl:{number}", one) for number, one in enumerate(fields, 1)])
+
+
+def learned(tokenizer, item: dict) -> str:
+    """The part of an example that has a loss, as text."""
+    assert len(item["labels"]) == len(item["input_ids"])
+    assert all(label in (IGNORED, token) for label, token in zip(item["labels"], item["input_ids"], strict=True))
+    return tokenizer.decode([label for label in item["labels"] if label != IGNORED])
+
+
+def test_text_is_one_stream_in_blocks_with_the_end_token_between_documents(tokenizer) -> None:
+    items = encode(rows("text", {"text": "abcde"}, {"text": "fgh"}), tokenizer, 4).items
+    assert [tokenizer.decode(item["input_ids"]) for item in items] == ["abcd", "e</s>fg"]  # "h" alone predicts nothing
+    assert all(item["labels"] == item["input_ids"] for item in items)
+
+
+def test_only_the_completion_is_learned_with_its_end(tokenizer) -> None:
+    (item,) = encode(rows("completion", {"prompt": "ask ", "completion": "answer"}), tokenizer, 64).items
+    assert tokenizer.decode(item["input_ids"]) == "ask answer</s>"
+    assert learned(tokenizer, item) == "answer</s>"
+
+
+def test_long_examples_are_cut_and_those_without_an_answer_left_are_dropped(tokenizer) -> None:
+    fields = [{"prompt": "p" * 20, "completion": "c"}, {"prompt": "p", "completion": "c" * 20}]
+    (item,) = encode(rows("completion", *fields), tokenizer, 8).items
+    assert tokenizer.decode(item["input_ids"]) == "p" + "c" * 7
+    with pytest.raises(UserError, match=r"f\.jsonl: no row has anything to learn within 8 tokens; raise --seq-len"):
+        encode(rows("completion", fields[0]), tokenizer, 8)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["prefixes-of-a-plain-template", "generation-marks"])
+def test_only_the_assistants_turns_are_learned(tokenizer, marked, monkeypatch) -> None:
+    if marked:
+        monkeypatch.setattr(tokenizer, "chat_template", GENERATION_TEMPLATE)
+    (item,) = encode(rows("chat", {"messages": CHAT}), tokenizer, 64).items
+    assert tokenizer.decode(item["input_ids"]) == "<user>Hi</s><assistant>Hello</s><user>Bye</s><assistant>So long</s>"
+    assert learned(tokenizer, item) == "Hello</s>So long</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "f.jsonl:1: .* need a chat template"),
+        ("{{ raise_exception('no system role') }}", "f.jsonl:1: the chat template refuses it: no system role"),
+        ("{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}", "f.jsonl:1: .* differently"),
+    ],
+    ids=["no-template", "template-raises", "earlier-turns-change"],
+)
+def test_a_chat_that_cannot_be_rendered_is_named(tokenizer, template, message, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=message):
+        encode(rows("chat", {"messages": CHAT}), tokenizer, 64)
+
+
+def test_classes_are_ordered_and_an_unknown_one_is_named(tokenizer) -> None:
+    numbers = rows("label", *({"text": "a", "label": label} for label in ("10", 9, "-1")))
+    assert label_names(numbers) == ["-1", "9", "10"]
+    assert [item["labels"] for item in encode(numbers, tokenizer, 8, ["-1", "9", "10"]).items] == [2, 1, 0]
+    with pytest.raises(UserError, match=r"f\.jsonl:1: the label '10' is none of the model's: a, b"):
+        encode(numbers, tokenizer, 8, ["a", "b"])
+    with pytest.raises(UserError, match="every row has the label 'x'"):
+        label_names(rows("label", {"text": "a", "label": "x"}, {"text": "b", "label": "x"}))
+
+
+def test_padding_has_no_loss_and_no_attention() -> None:
+    items = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = Collator(pad_token_id=EOS)(items)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, EOS, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert torch.equal(Collator(0)([{"input_ids": [1], "labels": 2}])["labels"], torch.tensor([2]))

@@ -1,0 +1,172 @@
+"""The main job on tiny models: it learns, what it saves reloads the same, and an interrupted run ends the same."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from loretta.cli.checkpoints import newest_complete
+from loretta.cli.training import _Progress
+
+LM = ["--seq-len", 32, "--batch-size", 4, "--steps", 12, "--threads", 1]
+SMALL = {"adp": ["--bottleneck", 8], "rep": ["--dropout", 0.1, "--alpha", 32]}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """Let a training die after so many steps."""
+
+    def arrange(steps: int) -> None:
+        def die(self, args, state, control, **kwargs) -> None:
+            if state.global_step == steps:
+                raise Killed
+
+        monkeypatch.setattr(_Progress, "on_step_end", die)
+
+    return arrange
+
+
+@pytest.fixture(params=["adp", "rep"])
+def command(request, llama, book, tmp_path) -> list:
+    method = request.param
+    base = ["finetune", "--model", llama, "--data", book, "--method", method]
+    return [*base, *SMALL[method], *LM, "--output", tmp_path / "out"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_learns_and_every_form_of_the_result_reloads_the_same(loretta, command, book, tmp_path) -> None:
+    ran = loretta(*command, "--plot", "--json")
+    assert ran.code == 0, ran.err
+    result = ran.result()
+    assert result["after"]["perplexity"] < 0.9 * result["before"]["perplexity"]
+    assert result["steps"] == 12
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert result["adapter_bytes"] > (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+
+    held_out = tmp_path / "held-out.txt"
+    text = book.read_text()
+    held_out.write_text(text[text.index(" ", int(len(text) * 0.95)) :])
+    evaluation = ["--data", held_out, "--json"]
+    again = loretta("eval", "--adapter", tmp_path / "out", *evaluation).result()
+    assert again["loss"] == result["after"]["loss"]
+
+    folders = {"merge": "--model", "export": "--adapter"}
+    for verb, option in folders.items():
+        ran = loretta(verb, "--adapter", tmp_path / "out", "--output", tmp_path / verb)
+        if result["method"] == "adp":
+            assert ran.code == 2
+            assert "an adp adapter cannot be" in ran.err
+            assert not (tmp_path / verb).exists()
+        else:
+            assert ran.code == 0, ran.err
+            loss = loretta("eval", option, tmp_path / verb, *evaluation).result()["loss"]
+            assert math.isclose(loss, result["after"]["loss"], rel_tol=1e-5)
+    if result["method"] == "rep":
+        assert json.loads((tmp_path / "export" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merge")
+        ran = loretta("merge", "--adapter", tmp_path / "out", "--output", tmp_path / "out")
+        assert "is the adapter itself" in ran.err
+
+
+def test_a_resumed_run_ends_with_the_same_bits(loretta, command, tmp_path, killed_after, monkeypatch) -> None:
+    command += ["--save-steps", 4]
+    assert loretta(*command).code == 0
+    whole = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+
+    with monkeypatch.context():
+        killed_after(10)
+        with pytest.raises(Killed):
+            loretta(*command)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    checkpoints = tmp_path / "out.part" / "checkpoints"
+    assert newest_complete(checkpoints) == checkpoints / "checkpoint-8"
+
+    ran = loretta(*command)
+    assert ran.code == 2
+    assert "holds an unfinished run (checkpoint-8); continue it with --resume" in ran.err
+    ran = loretta(*command, "--resume", "--lr", 0.5)
+    assert ran.code == 2
+    assert "lr was 0.01 and is 0.5" in ran.err
+
+    (checkpoints / "checkpoint-8" / "trainer_state.json").unlink()  # killed while it was written
+    ran = loretta(*command, "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.result()["steps"] == 12
+    resumed = weights(tmp_path / "out")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    ran = loretta(*command, "--resume")
+    assert ran.code == 2
+    assert "nothing to resume: the run there is finished" in ran.err
+
+
+def test_a_run_that_dies_keeps_the_former_adapter(loretta, command, tmp_path, killed_after) -> None:
+    command += ["--save-steps", 0]
+    assert loretta(*command).code == 0
+    before = weights(tmp_path / "out")
+    killed_after(3)
+    with pytest.raises(Killed):
+        loretta(*command, "--seed", 7)
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("method", ["adp", "rep"])
+def test_a_classifier_learns_and_keeps_its_labels(loretta, roberta, reviews, tmp_path, method) -> None:
+    command = ["--model", roberta, "--task", "seq_cls", "--data", reviews, "--method", method, "--eval-fraction", 0.2]
+    out = tmp_path / "out"
+    ran = loretta("finetune", *command, "--epochs", 4, "--batch-size", 8, "--output", out, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.result()["after"]["accuracy"] > 0.9
+    again = loretta("eval", "--adapter", out, "--data", reviews, "--json").result()
+    assert again["accuracy"] > 0.9
+    if method == "rep":
+        assert loretta("merge", "--adapter", out, "--output", tmp_path / "merged").code == 0
+        merged = loretta("eval", "--model", tmp_path / "merged", "--data", reviews, "--json").result()
+        assert math.isclose(merged["loss"], again["loss"], rel_tol=1e-4)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_chats_and_completions_train(loretta, llama, tmp_path) -> None:
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    for name, row in {"chat": {"messages": turns}, "ask": {"prompt": "2+2=", "completion": "4"}}.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text((json.dumps(row) + "\n") * 20)
+        arguments = ["--model", llama, "--data", data, "--method", "rep", "--steps", 8, "--output", tmp_path / name]
+        ran = loretta("finetune", *arguments, "--gradient-checkpointing", "--grad-accum", 2, "--json")
+        assert ran.code == 0, ran.err
+        assert ran.result()["after"]["loss"] < ran.result()["before"]["loss"]
+
+
+def test_a_diverged_run_is_not_saved(loretta, llama, book, tmp_path) -> None:
+    arguments = ["--model", llama, "--data", book, "--method", "adp", *LM, "--lr", 1e30, "--output", tmp_path / "out"]
+    ran = loretta("finetune", *arguments)
+    assert ran.code == 2
+    assert "the training diverged" in ran.err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readable_result_names_what_was_done(loretta, llama, book, tmp_path) -> None:
+    ran = loretta("finetune", "--model", llama, "--data", book, "--method", "rep", *LM, "--output", tmp_path / "out")
+    names = [line.split("  ")[0] for line in ran.out.splitlines()]
+    assert names == ["method", "trainable parameters", "perplexity before", "perplexity after", "training", "adapter"]
+    assert "training: 100%" in ran.err
