@@ -110,7 +110,7 @@ class LorettaAdpConfig(_LorettaConfig):
 
     on the input or the output of the targeted linears, or beside them (``use_parallel_adapter``).
 
-    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417), section 3.2. All fields have working defaults:
+    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417). All fields have working defaults:
 
     Args:
         bottleneck_size: width of the bottleneck, 1 or more.
@@ -177,7 +177,7 @@ class LorettaAdpConfig(_LorettaConfig):
 class LorettaRepConfig(_LorettaConfig):
     """LoRETTA_rep: a LoRA whose two factors are tensor trains, ``y = base(x) + lora_alpha/r · drop(x)·A·B``.
 
-    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417), section 3.3. All fields have working defaults:
+    Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417). All fields have working defaults:
 
     Args:
         r: inner dimension of A [in, r] and B [r, out], 1 or more.
