@@ -16,5 +16,6 @@ for folder in json.load(sys.stdin):
     base = AUTO_CLASSES[task].from_pretrained(folder + "/base", attn_implementation="eager")
     model = PeftModel.from_pretrained(base, folder + "/lora").eval()
     assert model.active_peft_config.peft_type == "LORA"
-    torch.save(tiny_logits(model, task), folder + "/stock.pt")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    torch.save((tiny_logits(model, task), adapted), folder + "/stock.pt")
 assert not any(name.startswith("loretta") for name in sys.modules)

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, export_lora, get_peft_model
+from loretta.rep import LorettaRepLinear
 from tests.layers.fresh_process import run_fresh
 from tests.tiny_models import tiny_logits, tiny_model, usual_task
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of the rep model and of its LoRA export in a process that knows no loretta, per family."""
+def exported(tmp_path_factory):
+    """Logits and adapted modules of the rep model, and of its export in a process without loretta, per family."""
     root, cases = tmp_path_factory.mktemp("export"), []
     fields = {
         "llama": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 32}},
@@ -33,7 +34,8 @@ def exported(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
                 nn.init.normal_(parameter, std=0.5)
         model.eval()
         export_lora(model, folder / "lora")
-        torch.save(tiny_logits(model, task), folder / "rep.pt")
+        adapted = [name for name, module in model.named_modules() if isinstance(module, LorettaRepLinear)]
+        torch.save((tiny_logits(model, task), adapted), folder / "rep.pt")
         cases.append(str(folder))
     run_fresh("tests.layers.stock_cases", cases)
     return {name: tuple(torch.load(root / name / f"{kind}.pt") for kind in ("rep", "stock")) for name in fields}
@@ -41,8 +43,9 @@ def exported(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "roberta", "deberta", "t5"])
 def test_stock_peft_sees_the_same_logits(exported, model_type: str) -> None:
-    rep, stock = exported[model_type]
+    (rep, adapted), (stock, adapted_by_stock) = exported[model_type]
     torch.testing.assert_close(stock, rep)
+    assert adapted_by_stock == adapted
 
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path) -> None:

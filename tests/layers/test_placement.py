@@ -184,10 +184,11 @@ def test_patterns_override_ranks_by_name() -> None:
 
 
 def test_explicit_modes_are_used_and_others_keep_the_default() -> None:
-    config = LorettaRepConfig(target_modules=["first"], tensor_shape={20: [2, 10]})
+    config = LorettaRepConfig(target_modules=["first"], tensor_shape={20: [2, 10], 12: [6, 2]})
     layer = get_peft_model(TwoLinears(), config).base_model.model.first
-    assert layer.loretta_rep_B["default"].shape.out_modes == (2, 10)
-    assert layer.loretta_rep_A["default"].shape.in_features == 12
+    a, b = layer.loretta_rep_A["default"].shape, layer.loretta_rep_B["default"].shape
+    assert (a.in_modes, a.out_modes) == ((6, 2), (8,))
+    assert (b.in_modes, b.out_modes) == ((8,), (2, 10))
 
 
 def test_layers_to_transform_picks_layers_with_default_targets() -> None:
