@@ -96,7 +96,7 @@ def load_base(base: Base, tokenizer: Any) -> Any:
 
 def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:
     """The length asked for, or at most 256; an error where the model has fewer positions."""
-    config = load_config(base)
+    config = load_config(base).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start after the padding's
         limit -= config.pad_token_id + 1

@@ -107,6 +107,8 @@ def test_a_resumed_run_ends_with_the_same_bits(loretta, command, tmp_path, kille
     ran = loretta(*command, "--resume", "--json")
     assert ran.code == 0, ran.err
     assert ran.result()["steps"] == 12
+    assert "| 4/12 " in ran.err
+    assert "| 0/12 " not in ran.err
     resumed = weights(tmp_path / "out")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
