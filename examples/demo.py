@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT, HELD_OUT = ROOT / ".cache" / "psalms.txt", ROOT / ".cache" / "psalms-held-out.txt"
 RUNS = ROOT / "runs" / "demo"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAINING = ["--steps", "40", "--batch-size", "4", "--seq-len", "128", "--save-steps", "0", "--plot"]
-EVAL_LIMIT = ["--eval-limit", "24"]
+TRAINING = ["--steps", "30", "--batch-size", "4", "--seq-len", "128", "--save-steps", "0", "--plot"]
+EVAL_LIMIT = ["--eval-limit", "16"]
 FALL = 0.15
 AGREEMENT = 1e-4
 
