@@ -92,6 +92,27 @@ class _LorettaModel(BaseTuner):
         """What a method tells its layer called ``key`` beyond the config."""
         return {}
 
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """Unload as PEFT does, with merged heads dense again; without merging, norms and heads are the base's own."""
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        if not merge:
+            for wrapper in wrappers:
+                wrapper.set_adapter([])
+        dtypes = {
+            train: wrapper.original_module.get_submodule(name).weight.dtype
+            for wrapper in wrappers
+            for own in wrapper.modules_to_save.values()
+            for name, train in own.named_modules()
+            if isinstance(train, TensorTrain)
+        }
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
+        model = self.model
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TensorTrain):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.to_linear(dtypes[module]))
+        return model
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
         setattr(parent, child_name, new_module)

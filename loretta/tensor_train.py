@@ -68,6 +68,15 @@ class TensorTrain(nn.Module):
         """W [in_features, out_features], materialised: for merging and export only."""
         return tt_matrix(self.cores, self.shape)
 
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """The dense layer that this train stands for."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.matrix().T.to(dtype).contiguous())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype).clone())
+        return linear
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
         return tt_linear(x, self.cores, self.shape, self.bias)

@@ -3,12 +3,9 @@
 import argparse
 from typing import Any
 
-from torch import nn
-
 from loretta.cli.adapters import add_conversion_options, conversion
 from loretta.cli.output import RECORD, size_on_disk, write_json
 from loretta.cli.report import show, shown_bytes
-from loretta.tensor_train import TensorTrain
 
 KEPT = ("task", "labels", "seq_len", "batch_size", "dtype")
 EPILOG = """\
@@ -36,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
     """Load the adapter on its base, merge, save with the tokenizer."""
     with conversion(args, "merged") as job:
         merged = job.model.merge_and_unload(safe_merge=True)
-        densify(merged)
         merged.save_pretrained(job.output.new)
         job.tokenizer.save_pretrained(job.output.new)
         kept = {name: job.record[name] for name in KEPT if name in job.record}
@@ -44,14 +40,3 @@ def run(args: argparse.Namespace) -> None:
         size = size_on_disk(job.output.new, "*.safetensors")
     path = job.output.path
     show({"merged": str(path), "bytes": size}, [("merged model", f"{path} ({shown_bytes(size)})")], args.json)
-
-
-def densify(model: nn.Module) -> None:
-    """Put the dense layer that it stands for in the place of every tensor train, in place."""
-    trains = [(name, module) for name, module in model.named_modules() if isinstance(module, TensorTrain)]
-    for name, train in trains:
-        parent, _, child = name.rpartition(".")
-        dense = nn.Linear(train.in_features, train.out_features, bias=train.bias is not None, device="meta")
-        dense.weight = nn.Parameter(train.matrix().detach().T.contiguous())
-        dense.bias = train.bias  # type: ignore[assignment]
-        setattr(model.get_submodule(parent), child, dense)
