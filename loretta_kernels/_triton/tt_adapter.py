@@ -1,0 +1,426 @@
+"""y = residual + scale · (act(drop(x) · L_d · R_d + b_d) · L_u · R_u + b_u): one launch forward, one backward.
+
+s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y = residual + scale · (z · R_u + b_u)
+
+dz = scale · dy · R_uᵀ      dR_u = scale · zᵀ · dy      db_u = scale · sum(dy)
+da = dz · L_uᵀ              dL_u = aᵀ · dz
+dh = da · act'(h)           dR_d = sᵀ · dh              db_d = sum(dh)
+ds = dh · R_dᵀ              dL_d = drop(x)ᵀ · ds
+dx = [residual is x] · dy + drop'(ds · L_dᵀ)            dscale = <zᵀ · dy, R_u> + <sum(dy), b_u>
+
+Forward reads x twice where it is the residual (the second time from L2) and writes y and the waist s [N, K]. Backward
+reads dy, then x and dy, writes dx, and adds the gradients of the sides, [I, K] and [K + 1, O], to a zeroed buffer; the
+program that arrives last contracts them to those of the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loretta_kernels._triton import launch
+from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
+from loretta_kernels._triton.core_grads import copy, inner_product, store_core_grads
+from loretta_kernels._triton.launch import Launch
+from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, rows_of, seed_on
+from loretta_kernels._triton.plan import adapter_plan
+from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
+from loretta_kernels._triton.tiles import add_grad, load_tile, store_tables
+from loretta_kernels.shape import TTShape
+
+
+@triton.jit
+def _hidden(
+    s, tables_ptr, down_ptr, down_bias_ptr, b, RD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """h = s · R_d + b_d for the bottleneck features b, and their tile of R_d."""
+    tile = load_tile(tables_ptr, down_ptr, b, RD)
+    h = dot(s, tl.trans(tile), tl.zeros([s.shape[0], b.shape[0]], tl.float32), PRECISION)
+    if down_bias_ptr is not None:
+        h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
+    return h, tile
+
+
+@triton.jit
+def _up_waist(
+    s,
+    tables_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z = act(s · R_d + b_d) · L_u."""
+    z = tl.zeros([s.shape[0], LU.KP], tl.float32)
+    for b0 in range(0, RD.size, BLOCK_B):
+        b = b0 + tl.arange(0, BLOCK_B)
+        h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
+        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, b, LU), z, PRECISION)
+    return z
+
+
+@triton.jit(do_not_specialize=["N"])
+def _tt_adapter_fwd_kernel(
+    # pointers
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    waist_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    seed_ptr,
+    tables_ptr,
+    # sizes and strides
+    N,
+    stride_xn,
+    stride_rn,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    # blocks and flags
+    ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of y, and of the waist, block by block."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
+    store_tables(tables_ptr, down_ptr, LD)
+    store_tables(tables_ptr, down_ptr, RD)
+    store_tables(tables_ptr, up_ptr, LU)
+    store_tables(tables_ptr, up_ptr, RU)
+    tl.debug_barrier()
+    if learnt_scale_ptr is not None:
+        scale *= tl.load(learnt_scale_ptr).to(tl.float32)
+
+    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+        rows = block_rows(block, BLOCK_N)
+        s = tl.zeros([BLOCK_N, LD.KP], tl.float32)
+        for c0 in range(0, LD.size, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
+            if DROPOUT_P > 0:
+                x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+            tile = load_tile(tables_ptr, down_ptr, c, LD)
+            s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
+        if part == 0:
+            store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
+
+        z = _up_waist(
+            s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION
+        )
+        z = cast(z * scale, DTYPE)
+        for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            tile = load_tile(tables_ptr, up_ptr, c, RU)
+            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+            if up_bias_ptr is not None:
+                y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
+            if residual_ptr is not None:
+                y += load_rows(residual_ptr, rows, stride_rn, c, N, RU.size).to(tl.float32)
+            store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _tt_adapter_bwd_kernel(
+    # pointers
+    dy_ptr,
+    x_ptr,
+    waist_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    seed_ptr,
+    dx_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    tables_ptr,
+    grads_ptr,
+    scratch_ptr,
+    # sizes and strides
+    N,
+    stride_dyn,
+    stride_xn,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    DSCALE: tl.constexpr,
+    ARRIVED: tl.constexpr,
+    # blocks and flags
+    ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    RESIDUAL_IS_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    store_tables(tables_ptr, down_ptr, LD)
+    store_tables(tables_ptr, down_ptr, RD)
+    store_tables(tables_ptr, up_ptr, LU)
+    store_tables(tables_ptr, up_ptr, RU)
+    tl.debug_barrier()
+    if learnt_scale_ptr is not None:
+        learnt_scale = tl.load(learnt_scale_ptr).to(tl.float32)
+        total = scale * learnt_scale
+    else:
+        total = scale
+
+    SUMS_RD: tl.constexpr = ddown_ptr is not None or ddown_bias_ptr is not None
+    SUMS_RU: tl.constexpr = dup_ptr is not None or dup_bias_ptr is not None or dscale_ptr is not None
+
+    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+        rows = block_rows(block, BLOCK_N)
+        s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
+        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
+
+        dz = tl.zeros([BLOCK_N, RU.KP], tl.float32)
+        z_ones = cast(ones_beside(z, RU.K), DTYPE)
+        for c0 in range(0, RU.size, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size), DTYPE)
+            dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, c, RU), DTYPE), dz, PRECISION)
+            if SUMS_RU:
+                dtile = dot(tl.trans(dy), z_ones, tl.zeros([BLOCK_C, RU.KP], tl.float32), PRECISION)
+                add_grad(grads_ptr, c, dtile, RU, True)
+        if dscale_ptr is not None:
+            tl.atomic_add(grads_ptr + DSCALE, tl.sum(z * dz), sem="relaxed")
+        dz *= total
+
+        ds = tl.zeros([BLOCK_N, LD.KP], tl.float32)
+        s_ones = ones_beside(s, RD.K)
+        for b0 in range(0, RD.size, BLOCK_B):
+            b = b0 + tl.arange(0, BLOCK_B)
+            h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
+            up_tile = load_tile(tables_ptr, up_ptr, b, LU)
+            da = dot(dz, tl.trans(up_tile), tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION)
+            dh = da * dact(h, ACTIVATION)
+            ds = dot(dh, down_tile, ds, PRECISION)
+            if dup_ptr is not None:
+                a = act(h, ACTIVATION)
+                dtile = dot(tl.trans(a), dz, tl.zeros([BLOCK_B, LU.KP], tl.float32), PRECISION)
+                add_grad(grads_ptr, b, dtile, LU, True)
+            if SUMS_RD:
+                dtile = dot(tl.trans(dh), s_ones, tl.zeros([BLOCK_B, RD.KP], tl.float32), PRECISION)
+                add_grad(grads_ptr, b, dtile, RD, True)
+
+        ds = cast(ds, DTYPE)
+        if dx_ptr is not None or ddown_ptr is not None:
+            for c0 in range(0, LD.size, BLOCK_C):
+                c = c0 + tl.arange(0, BLOCK_C)
+                if DROPOUT_P > 0:
+                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+                if ddown_ptr is not None:
+                    x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
+                    if DROPOUT_P > 0:
+                        x = x.to(tl.float32) * factor
+                    x = cast(x, DTYPE)
+                    dtile = dot(tl.trans(x), ds, tl.zeros([BLOCK_C, LD.KP], tl.float32), PRECISION)
+                    add_grad(grads_ptr, c, dtile, LD, True)
+                if dx_ptr is not None:
+                    tile = cast(load_tile(tables_ptr, down_ptr, c, LD), DTYPE)
+                    dx = dot(ds, tl.trans(tile), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+                    if DROPOUT_P > 0:
+                        dx *= factor
+                    if RESIDUAL_IS_X:
+                        dx += load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size).to(tl.float32)
+                    store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
+
+    tl.debug_barrier()
+    arrived = tl.atomic_add(grads_ptr + ARRIVED, 1.0, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    if arrived == programs - 1:
+        if ddown_ptr is not None:
+            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
+            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
+        if ddown_bias_ptr is not None:
+            copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
+        if dup_ptr is not None:
+            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
+            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
+        if dup_bias_ptr is not None:
+            copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
+        if dscale_ptr is not None:
+            dscale = tl.load(grads_ptr + DSCALE)
+            if up_bias_ptr is not None:
+                dscale += inner_product(grads_ptr + RU.grad + RU.K * RU.size, up_bias_ptr, RU.size)
+            tl.store(dscale_ptr, cast(scale * dscale, dscale_ptr.dtype.element_ty))
+
+
+def tt_adapter_fwd(
+    x: Tensor,
+    down: Tensor,
+    down_spec: Sequence[int],
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_spec: Sequence[int],
+    up_bias: Tensor | None,
+    learnt_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """y and the down waist."""
+    base = x if residual_is_x else residual
+    y_dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
+    down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
+    plan = adapter_plan(down_shape, up_shape, y_dtype.itemsize, architecture(x.device))
+    LD, RD, LU, RU = plan.sides
+    rows = rows_of(x, LD.size)
+    rows_of_base = rows if residual_is_x else None if residual is None else rows_of(residual, RU.size)
+    N, blocks = len(rows), plan.forward
+    y = x.new_empty(*x.shape[:-1], RU.size, dtype=y_dtype)
+    waist = x.new_empty(N, LD.K, dtype=torch.float32)
+    if N == 0:
+        return y, waist
+    grid = plan.programs(N, blocks), plan.parts(N, blocks)
+    launch.execute(
+        Launch(
+            _tt_adapter_fwd_kernel,
+            grid,
+            {
+                "x_ptr": rows,
+                "residual_ptr": rows_of_base,
+                "y_ptr": y,
+                "waist_ptr": waist,
+                "down_ptr": down.contiguous(),
+                "down_bias_ptr": contiguous(down_bias),
+                "up_ptr": up.contiguous(),
+                "up_bias_ptr": contiguous(up_bias),
+                "learnt_scale_ptr": learnt_scale,
+                "seed_ptr": seed_on(x.device, seed) if dropout_p else None,
+                "tables_ptr": waist.new_empty(prod(grid) * plan.table_size),
+                "N": N,
+                "stride_xn": rows.stride(0),
+                "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
+                "scale": scale,
+            },
+            {
+                "LD": LD,
+                "RD": RD,
+                "LU": LU,
+                "RU": RU,
+                "TABLE_SIZE": plan.table_size,
+                "ACTIVATION": activation,
+                "DROPOUT_P": dropout_p,
+                **block_constants(blocks, plan.block_b, x.dtype, y_dtype),
+            },
+            blocks.warps,
+            blocks.stages,
+        )
+    )
+    return y, waist
+
+
+def tt_adapter_bwd(
+    dy: Tensor,
+    x: Tensor,
+    waist: Tensor,
+    down: Tensor,
+    down_spec: Sequence[int],
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_spec: Sequence[int],
+    up_bias: Tensor | None,
+    learnt_scale: Tensor | None,
+    seed: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, an empty tensor for the others."""
+    down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
+    plan = adapter_plan(down_shape, up_shape, dy.dtype.itemsize, architecture(x.device))
+    LD, RD, LU, RU = plan.sides
+    rows, rows_of_dy = rows_of(x, LD.size), rows_of(dy, RU.size)
+    N, blocks = len(rows), plan.backward
+    grads = grads_like((x, down, down_bias, up, up_bias, learnt_scale), needs, N)
+    if N == 0:
+        return grads
+    dx, ddown, ddown_bias, dup, dup_bias, dscale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    programs = plan.programs(N, blocks)
+    launch.execute(
+        Launch(
+            _tt_adapter_bwd_kernel,
+            (programs,),
+            {
+                "dy_ptr": rows_of_dy,
+                "x_ptr": rows,
+                "waist_ptr": waist,
+                "down_ptr": down.contiguous(),
+                "down_bias_ptr": contiguous(down_bias),
+                "up_ptr": up.contiguous(),
+                "up_bias_ptr": contiguous(up_bias),
+                "learnt_scale_ptr": learnt_scale,
+                "seed_ptr": seed_on(x.device, seed) if dropout_p else None,
+                "dx_ptr": dx,
+                "ddown_ptr": ddown,
+                "ddown_bias_ptr": ddown_bias,
+                "dup_ptr": dup,
+                "dup_bias_ptr": dup_bias,
+                "dscale_ptr": dscale,
+                "tables_ptr": waist.new_empty(programs * plan.table_size),
+                "grads_ptr": waist.new_zeros(plan.grad_size),
+                "scratch_ptr": waist.new_empty(plan.scratch_size),
+                "N": N,
+                "stride_dyn": rows_of_dy.stride(0),
+                "stride_xn": rows.stride(0),
+                "scale": scale,
+            },
+            {
+                "LD": LD,
+                "RD": RD,
+                "LU": LU,
+                "RU": RU,
+                "TABLE_SIZE": plan.table_size,
+                "DSCALE": plan.dscale,
+                "ARRIVED": plan.arrived,
+                "ACTIVATION": activation,
+                "DROPOUT_P": dropout_p,
+                "RESIDUAL_IS_X": residual_is_x,
+                **block_constants(blocks, plan.block_b, x.dtype, dy.dtype),
+            },
+            blocks.warps,
+            blocks.stages,
+        )
+    )
+    return grads
