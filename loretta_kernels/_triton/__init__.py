@@ -8,7 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = {name: name[: -len("_fwd")] for name in ("tt_adapter_fwd", "tt_adapter_bwd", "tt_linear_fwd", "tt_linear_bwd")}
+_MODULES = {
+    name: name[: -len("_fwd")] for name in ("tt_adapter_fwd", "tt_adapter_bwd", "tt_linear_fwd", "tt_linear_bwd")
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ import triton.language as tl
 from loretta_kernels._triton._common import cast, dot
 from loretta_kernels._triton.tiles import TABLE_BLOCK, store_partials
 
+
 @triton.jit
 def _matmul(
     out_ptr,
@@ -55,14 +56,14 @@ def _core_grad(
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
     _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, 64, 64)
-    _matmul(scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, 64, 16, 64)
+    _matmul(
+        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, 64, 16, 64
+    )
     tl.debug_barrier()
 
 
 @triton.jit
-def store_core_grads(
-    dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr
-):
+def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr):
     """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program."""
     store_partials(scratch_ptr, S.chain_partials, cores_ptr, S, 0, S.count)
     for step in tl.static_range(1, S.count):

@@ -68,7 +68,6 @@ def execute(launch: Launch) -> None:
     )
 
 
-
 @contextmanager
 def recorded(run: bool = False) -> Iterator[list[Launch]]:
     """Collect the launches made inside; unless `run`, nothing is executed, so that tensors of meta will do."""

@@ -44,14 +44,18 @@ def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) 
     )
 
 
-def block_constants(blocks: Blocks, block_b: int, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
+def needed(grads: dict[str, Tensor], needs: Sequence[bool]) -> dict[str, Tensor | None]:
+    """None in place of the empty tensors."""
+    return {name: grad if need else None for (name, grad), need in zip(grads.items(), needs, strict=True)}
+
+
+def block_constants(blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
     """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
     dtype = x_dtype if x_dtype is y_dtype else torch.float32
     exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "BLOCK_N": blocks.n,
         "BLOCK_C": blocks.c,
-        "BLOCK_B": block_b,
         "DTYPE": _DTYPES[dtype],
         "PRECISION": "tf32x3" if exact else "tf32",
     }

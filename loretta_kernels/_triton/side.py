@@ -211,9 +211,7 @@ def sides(shape: TTShape, table: int = 0, grad: int = 0) -> tuple[Side, Side]:
     return left, right
 
 
-def _side(
-    is_input: bool, modes: tuple[int, ...], ranks: tuple[int, ...], start: int, table: int, grad: int
-) -> Side:
+def _side(is_input: bool, modes: tuple[int, ...], ranks: tuple[int, ...], start: int, table: int, grad: int) -> Side:
     """The side with the cheapest cut; one of few features, or of a single core, is not cut."""
     whole = Side(is_input, modes, ranks, start, 0 if is_input else len(modes), table, grad)
     if len(modes) == 1 or whole.size <= WHOLE:

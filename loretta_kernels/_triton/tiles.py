@@ -1,6 +1,6 @@
 """A side inside a kernel: its two tables, made from the cores, a tile of it, and the sum of the tile's gradient.
 
-    tile[c, k] = sum_a light[.., a] · heavy[a, .., k]     (`side.py` has the two factors)
+tile[c, k] = sum_a light[.., a] · heavy[a, .., k]     (`side.py` has the two factors)
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def _product_at(e, ok, left_ptr, right_ptr, BOND: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _store_product(
-    out_ptr, left_ptr, right_ptr, SIZE: tl.constexpr, BOND: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _store_product(out_ptr, left_ptr, right_ptr, SIZE: tl.constexpr, BOND: tl.constexpr, COLUMNS: tl.constexpr):
     """out = left · right, SIZE elements."""
     for start in range(0, SIZE, TABLE_BLOCK):
         e = start + tl.arange(0, TABLE_BLOCK)

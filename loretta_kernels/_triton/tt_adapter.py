@@ -27,7 +27,15 @@ from loretta_kernels._triton import launch
 from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, inner_product, store_core_grads
 from loretta_kernels._triton.launch import Launch
-from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, rows_of, seed_on
+from loretta_kernels._triton.operands import (
+    architecture,
+    block_constants,
+    contiguous,
+    grads_like,
+    needed,
+    rows_of,
+    seed_on,
+)
 from loretta_kernels._triton.plan import adapter_plan
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, load_tile, store_tables
@@ -35,9 +43,7 @@ from loretta_kernels.shape import TTShape
 
 
 @triton.jit
-def _hidden(
-    s, tables_ptr, down_ptr, down_bias_ptr, b, RD: tl.constexpr, PRECISION: tl.constexpr
-):
+def _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD: tl.constexpr, PRECISION: tl.constexpr):
     """h = s · R_d + b_d for the bottleneck features b, and their tile of R_d."""
     tile = load_tile(tables_ptr, down_ptr, b, RD)
     h = dot(s, tl.trans(tile), tl.zeros([s.shape[0], b.shape[0]], tl.float32), PRECISION)
@@ -127,9 +133,7 @@ def _tt_adapter_fwd_kernel(
         if part == 0:
             store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
 
-        z = _up_waist(
-            s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION
-        )
+        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
         z = cast(z * scale, DTYPE)
         for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
@@ -338,9 +342,10 @@ def tt_adapter_fwd(
                 "LU": LU,
                 "RU": RU,
                 "TABLE_SIZE": plan.table_size,
+                "BLOCK_B": plan.block_b,
                 "ACTIVATION": activation,
                 "DROPOUT_P": dropout_p,
-                **block_constants(blocks, plan.block_b, x.dtype, y_dtype),
+                **block_constants(blocks, x.dtype, y_dtype),
             },
             blocks.warps,
             blocks.stages,
@@ -373,10 +378,11 @@ def tt_adapter_bwd(
     LD, RD, LU, RU = plan.sides
     rows, rows_of_dy = rows_of(x, LD.size), rows_of(dy, RU.size)
     N, blocks = len(rows), plan.backward
-    grads = grads_like((x, down, down_bias, up, up_bias, learnt_scale), needs, N)
+    grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(
+        (x, down, down_bias, up, up_bias, learnt_scale), needs, N
+    )
     if N == 0:
         return grads
-    dx, ddown, ddown_bias, dup, dup_bias, dscale = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     programs = plan.programs(N, blocks)
     launch.execute(
         Launch(
@@ -392,12 +398,17 @@ def tt_adapter_bwd(
                 "up_bias_ptr": contiguous(up_bias),
                 "learnt_scale_ptr": learnt_scale,
                 "seed_ptr": seed_on(x.device, seed) if dropout_p else None,
-                "dx_ptr": dx,
-                "ddown_ptr": ddown,
-                "ddown_bias_ptr": ddown_bias,
-                "dup_ptr": dup,
-                "dup_bias_ptr": dup_bias,
-                "dscale_ptr": dscale,
+                **needed(
+                    {
+                        "dx_ptr": dx,
+                        "ddown_ptr": ddown,
+                        "ddown_bias_ptr": ddown_bias,
+                        "dup_ptr": dup,
+                        "dup_bias_ptr": dup_bias,
+                        "dscale_ptr": dscale,
+                    },
+                    needs,
+                ),
                 "tables_ptr": waist.new_empty(programs * plan.table_size),
                 "grads_ptr": waist.new_zeros(plan.grad_size),
                 "scratch_ptr": waist.new_empty(plan.scratch_size),
@@ -412,12 +423,13 @@ def tt_adapter_bwd(
                 "LU": LU,
                 "RU": RU,
                 "TABLE_SIZE": plan.table_size,
+                "BLOCK_B": plan.block_b,
                 "DSCALE": plan.dscale,
                 "ARRIVED": plan.arrived,
                 "ACTIVATION": activation,
                 "DROPOUT_P": dropout_p,
                 "RESIDUAL_IS_X": residual_is_x,
-                **block_constants(blocks, plan.block_b, x.dtype, dy.dtype),
+                **block_constants(blocks, x.dtype, dy.dtype),
             },
             blocks.warps,
             blocks.stages,
