@@ -82,8 +82,8 @@ def dropout_factor(seed, rows, c0, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK
 
     Philox4x32-10 with the key `seed` and the counter (row, its upper half, column // 4, 0) gives four columns at once.
     """
-    quad = (c0 // 4 + tl.arange(0, BLOCK_C // 4))[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
-    row = rows[:, None] + tl.zeros([1, BLOCK_C // 4], tl.int64)
+    quad = (c0 // 4 + tl.arange(0, BLOCK_C // 4))[None, :] + tl.full([BLOCK_N, 1], 0, tl.int32)
+    row = rows[:, None] + tl.full([1, BLOCK_C // 4], 0, tl.int64)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     quad = quad.to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(seed, low, high, quad, quad * 0)

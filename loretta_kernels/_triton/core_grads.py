@@ -36,7 +36,7 @@ def _matmul(
     for tile in range(0, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)):
         m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             a_ok, b_ok = (m < M)[:, None] & (k < K)[None, :], (k < K)[:, None] & (n < N)[None, :]
@@ -66,17 +66,18 @@ def _core_grad(
 def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr):
     """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program."""
     store_partials(scratch_ptr, S.chain_partials, cores_ptr, S, 0, S.count)
-    for step in tl.static_range(1, S.count):
+    COUNT: tl.constexpr = S.count
+    for step in tl.static_range(1, COUNT):
         if step == 1:
             d_ptr = grads_ptr + S.grad
         else:
-            d_ptr = scratch_ptr + S.chain_grads[S.count - step + 1]
-        if S.count - step == 1:
+            d_ptr = scratch_ptr + S.chain_grads[COUNT - step + 1]
+        if COUNT - step == 1:
             partial_ptr = cores_ptr + S.core_starts[0]
-            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, S.count - step, PRECISION)
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
         else:
-            partial_ptr = scratch_ptr + S.chain_partials[S.count - step - 1]
-            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, S.count - step, PRECISION)
+            partial_ptr = scratch_ptr + S.chain_partials[COUNT - step - 1]
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
     first_ptr = grads_ptr + S.grad if S.count == 1 else scratch_ptr + S.chain_grads[1]
     copy(dcores_ptr + S.core_starts[0], first_ptr, factor, S.core_sizes[0])
     tl.debug_barrier()
@@ -94,7 +95,7 @@ def copy(out_ptr, in_ptr, factor, SIZE: tl.constexpr):
 @triton.jit
 def inner_product(a_ptr, b_ptr, SIZE: tl.constexpr):
     """<a, b>."""
-    sums = tl.zeros([TABLE_BLOCK], tl.float32)
+    sums = tl.full([TABLE_BLOCK], 0, tl.float32)
     for start in range(0, SIZE, TABLE_BLOCK):
         e = start + tl.arange(0, TABLE_BLOCK)
         a = tl.load(a_ptr + e, mask=e < SIZE, other=0.0).to(tl.float32)

@@ -11,13 +11,14 @@ import triton.language as tl
 from loretta_kernels._triton._common import add_to
 
 TABLE_BLOCK = tl.constexpr(512)
+UNROLLED = tl.constexpr(16)
 
 
 @triton.jit
 def _product_at(e, ok, left_ptr, right_ptr, BOND: tl.constexpr, COLUMNS: tl.constexpr):
     """The elements e of left [rows, BOND] · right [BOND, COLUMNS], row-major."""
     row, column = e // COLUMNS, e % COLUMNS
-    sum = tl.zeros(e.shape, tl.float32)
+    sum = tl.full(e.shape, 0, tl.float32)
     for b in range(BOND):
         left = tl.load(left_ptr + row * BOND + b, mask=ok, other=0.0).to(tl.float32)
         sum += left * tl.load(right_ptr + b * COLUMNS + column, mask=ok, other=0.0).to(tl.float32)
@@ -112,11 +113,12 @@ def load_tile(tables_ptr, cores_ptr, c, S: tl.constexpr):
     heavy_i = c % S.second if S.is_input else c // S.second
     ok = c < S.size
     tile = _term(tables_ptr, cores_ptr, 0, light_i, heavy_i, k, ok, S)
-    if S.A <= 16:
-        for a in tl.static_range(1, S.A):
+    A: tl.constexpr = S.A
+    if A <= UNROLLED:
+        for a in tl.static_range(1, A):
             tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, k, ok, S)
     else:
-        for a in range(1, S.A):
+        for a in range(1, A):
             tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, k, ok, S)
     return tile
 

@@ -46,7 +46,7 @@ from loretta_kernels.shape import TTShape
 def _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD: tl.constexpr, PRECISION: tl.constexpr):
     """h = s · R_d + b_d for the bottleneck features b, and their tile of R_d."""
     tile = load_tile(tables_ptr, down_ptr, b, RD)
-    h = dot(s, tl.trans(tile), tl.zeros([s.shape[0], b.shape[0]], tl.float32), PRECISION)
+    h = dot(s, tl.trans(tile), tl.full([s.shape[0], b.shape[0]], 0, tl.float32), PRECISION)
     if down_bias_ptr is not None:
         h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
     return h, tile
@@ -66,7 +66,7 @@ def _up_waist(
     PRECISION: tl.constexpr,
 ):
     """z = act(s · R_d + b_d) · L_u."""
-    z = tl.zeros([s.shape[0], LU.KP], tl.float32)
+    z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
     for b0 in range(0, RD.size, BLOCK_B):
         b = b0 + tl.arange(0, BLOCK_B)
         h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
@@ -122,7 +122,7 @@ def _tt_adapter_fwd_kernel(
 
     for block in range(program, tl.cdiv(N, BLOCK_N), programs):
         rows = block_rows(block, BLOCK_N)
-        s = tl.zeros([BLOCK_N, LD.KP], tl.float32)
+        s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         for c0 in range(0, LD.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
@@ -138,7 +138,7 @@ def _tt_adapter_fwd_kernel(
         for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             tile = load_tile(tables_ptr, up_ptr, c, RU)
-            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
             if up_bias_ptr is not None:
                 y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
             if residual_ptr is not None:
@@ -212,34 +212,34 @@ def _tt_adapter_bwd_kernel(
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
         z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
 
-        dz = tl.zeros([BLOCK_N, RU.KP], tl.float32)
+        dz = tl.full([BLOCK_N, RU.KP], 0, tl.float32)
         z_ones = cast(ones_beside(z, RU.K), DTYPE)
         for c0 in range(0, RU.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size), DTYPE)
             dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, c, RU), DTYPE), dz, PRECISION)
             if SUMS_RU:
-                dtile = dot(tl.trans(dy), z_ones, tl.zeros([BLOCK_C, RU.KP], tl.float32), PRECISION)
+                dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, c, dtile, RU, True)
         if dscale_ptr is not None:
             tl.atomic_add(grads_ptr + DSCALE, tl.sum(z * dz), sem="relaxed")
         dz *= total
 
-        ds = tl.zeros([BLOCK_N, LD.KP], tl.float32)
+        ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         s_ones = ones_beside(s, RD.K)
         for b0 in range(0, RD.size, BLOCK_B):
             b = b0 + tl.arange(0, BLOCK_B)
             h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
             up_tile = load_tile(tables_ptr, up_ptr, b, LU)
-            da = dot(dz, tl.trans(up_tile), tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION)
+            da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
             dh = da * dact(h, ACTIVATION)
             ds = dot(dh, down_tile, ds, PRECISION)
             if dup_ptr is not None:
                 a = act(h, ACTIVATION)
-                dtile = dot(tl.trans(a), dz, tl.zeros([BLOCK_B, LU.KP], tl.float32), PRECISION)
+                dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, b, dtile, LU, True)
             if SUMS_RD:
-                dtile = dot(tl.trans(dh), s_ones, tl.zeros([BLOCK_B, RD.KP], tl.float32), PRECISION)
+                dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, b, dtile, RD, True)
 
         ds = cast(ds, DTYPE)
@@ -253,11 +253,11 @@ def _tt_adapter_bwd_kernel(
                     if DROPOUT_P > 0:
                         x = x.to(tl.float32) * factor
                     x = cast(x, DTYPE)
-                    dtile = dot(tl.trans(x), ds, tl.zeros([BLOCK_C, LD.KP], tl.float32), PRECISION)
+                    dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, LD.KP], 0, tl.float32), PRECISION)
                     add_grad(grads_ptr, c, dtile, LD, True)
                 if dx_ptr is not None:
                     tile = cast(load_tile(tables_ptr, down_ptr, c, LD), DTYPE)
-                    dx = dot(ds, tl.trans(tile), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+                    dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
                     if DROPOUT_P > 0:
                         dx *= factor
                     if RESIDUAL_IS_X:

@@ -59,7 +59,7 @@ def _tt_linear_fwd_kernel(
 
     for block in range(program, tl.cdiv(N, BLOCK_N), programs):
         rows = block_rows(block, BLOCK_N)
-        s = tl.zeros([BLOCK_N, L.KP], tl.float32)
+        s = tl.full([BLOCK_N, L.KP], 0, tl.float32)
         for c0 in range(0, L.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             x = cast(load_rows(x_ptr, rows, stride_xn, c, N, L.size), DTYPE)
@@ -71,7 +71,7 @@ def _tt_linear_fwd_kernel(
         for c0 in range(part * BLOCK_C, R.size, parts * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             tile = cast(load_tile(tables_ptr, cores_ptr, c, R), DTYPE)
-            y = dot(s, tl.trans(tile), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+            y = dot(s, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + c, mask=c < R.size, other=0.0).to(tl.float32)[None, :]
             store_rows(y_ptr, rows, R.size, c, N, R.size, y)
@@ -116,14 +116,14 @@ def _tt_linear_bwd_kernel(
         rows = block_rows(block, BLOCK_N)
         s = load_rows(waist_ptr, rows, L.K, tl.arange(0, L.KP), N, L.K)
         s_ones = cast(ones_beside(s, R.K), DTYPE)
-        ds = tl.zeros([BLOCK_N, L.KP], tl.float32)
+        ds = tl.full([BLOCK_N, L.KP], 0, tl.float32)
         for c0 in range(0, R.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, R.size), DTYPE)
             if dx_ptr is not None or dcores_ptr is not None:
                 ds = dot(dy, cast(load_tile(tables_ptr, cores_ptr, c, R), DTYPE), ds, PRECISION)
             if dcores_ptr is not None or dbias_ptr is not None:
-                dtile = dot(tl.trans(dy), s_ones, tl.zeros([BLOCK_C, R.KP], tl.float32), PRECISION)
+                dtile = dot(tl.trans(dy), s_ones, tl.full([BLOCK_C, R.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, c, dtile, R, True)
 
         ds = cast(ds, DTYPE)
@@ -132,11 +132,11 @@ def _tt_linear_bwd_kernel(
                 c = c0 + tl.arange(0, BLOCK_C)
                 if dcores_ptr is not None:
                     x = cast(load_rows(x_ptr, rows, stride_xn, c, N, L.size), DTYPE)
-                    dtile = dot(tl.trans(x), ds, tl.zeros([BLOCK_C, L.KP], tl.float32), PRECISION)
+                    dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, L.KP], 0, tl.float32), PRECISION)
                     add_grad(grads_ptr, c, dtile, L, True)
                 if dx_ptr is not None:
                     tile = cast(load_tile(tables_ptr, cores_ptr, c, L), DTYPE)
-                    dx = dot(ds, tl.trans(tile), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+                    dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
                     store_rows(dx_ptr, rows, L.size, c, N, L.size, dx)
 
     tl.debug_barrier()
