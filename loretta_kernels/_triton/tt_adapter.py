@@ -120,7 +120,7 @@ def _tt_adapter_fwd_kernel(
     if learnt_scale_ptr is not None:
         scale *= tl.load(learnt_scale_ptr).to(tl.float32)
 
-    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         for c0 in range(0, LD.size, BLOCK_C):
@@ -207,7 +207,7 @@ def _tt_adapter_bwd_kernel(
     SUMS_RD: tl.constexpr = ddown_ptr is not None or ddown_bias_ptr is not None
     SUMS_RU: tl.constexpr = dup_ptr is not None or dup_bias_ptr is not None or dscale_ptr is not None
 
-    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
         z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)

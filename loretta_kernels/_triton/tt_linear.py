@@ -57,7 +57,7 @@ def _tt_linear_fwd_kernel(
     store_tables(tables_ptr, cores_ptr, R)
     tl.debug_barrier()
 
-    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = tl.full([BLOCK_N, L.KP], 0, tl.float32)
         for c0 in range(0, L.size, BLOCK_C):
@@ -112,7 +112,7 @@ def _tt_linear_bwd_kernel(
     store_tables(tables_ptr, cores_ptr, R)
     tl.debug_barrier()
 
-    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = load_rows(waist_ptr, rows, L.K, tl.arange(0, L.KP), N, L.K)
         s_ones = cast(ones_beside(s, R.K), DTYPE)
