@@ -19,6 +19,7 @@ from loretta_kernels.shape import TTShape
 
 ALIGN = 32  # elements: a table starts on a line of 128 bytes
 WHOLE = 512  # features up to which a side is one table
+KEPT = 8  # heavy rows that a program keeps in registers
 LARGEST_COPY = 16384  # elements of a single core that are worth copying into a table
 
 
@@ -132,6 +133,21 @@ class Side:
         """Whether the heavy factor is read from its core: a single one, and too large to copy."""
         lo, hi = self.heavy
         return hi - lo == 1 and self.A * self.heavy_size * self.KP > LARGEST_COPY
+
+    @cached_property
+    def heavy_strides(self) -> tuple[int, int, int]:
+        """The strides of the bond, the feature and the waist in the heavy factor, wherever it is read."""
+        if not self.heavy_is_core:
+            return self.heavy_size * self.KP, self.KP, 1
+        return (self.heavy_size * self.K, self.K, 1) if self.is_input else (1, self.A, self.heavy_size * self.A)
+
+    def keeps_heavy(self, block: int) -> bool:
+        """Whether every block of features has the same heavy rows, few enough to stay in registers."""
+        return self.is_input and self.has_light and block % self.second == 0 and self.A <= KEPT
+
+    def shares_heavy(self, block: int) -> bool:
+        """Whether the features of a block all have the same heavy row."""
+        return not self.is_input and self.second % block == 0
 
     @cached_property
     def heavy_table(self) -> int:

@@ -87,39 +87,68 @@ def store_tables(tables_ptr, cores_ptr, S: tl.constexpr):
 
 
 @triton.jit
-def _term(tables_ptr, cores_ptr, a, light_i, heavy_i, k, ok, S: tl.constexpr):
-    """light[.., a] · heavy[a, .., k]."""
-    heavy_ok = ok[:, None] & (k < S.K)[None, :]
+def _heavy(tables_ptr, cores_ptr, a, i, ok, S: tl.constexpr):
+    """heavy[a, i, :], a row of KP for each i."""
+    k = tl.arange(0, S.KP)
+    offs = (a * S.heavy_strides[0] + i * S.heavy_strides[1])[:, None] + (k * S.heavy_strides[2])[None, :]
     if S.heavy_is_core:
-        heavy_ptr = cores_ptr + S.core_starts[S.heavy[0]]
-        if S.is_input:
-            heavy_offs = (a * S.heavy_size + heavy_i)[:, None] * S.K + k[None, :]
-        else:
-            heavy_offs = (k * S.heavy_size)[None, :] * S.A + (heavy_i * S.A + a)[:, None]
-        heavy = tl.load(heavy_ptr + heavy_offs, mask=heavy_ok, other=0.0).to(tl.float32)
+        ptrs = cores_ptr + S.core_starts[S.heavy[0]] + offs
+        heavy = tl.load(ptrs, mask=ok[:, None] & (k < S.K)[None, :], other=0.0).to(tl.float32)
     else:
-        heavy_offs = (a * S.heavy_size + heavy_i)[:, None] * S.KP + k[None, :]
-        heavy = tl.load(tables_ptr + S.heavy_table + heavy_offs, mask=ok[:, None], other=0.0)
-    if S.has_light:
-        heavy *= tl.load(tables_ptr + S.light_table + light_i * S.A + a, mask=ok, other=0.0)[:, None]
+        heavy = tl.load(tables_ptr + S.heavy_table + offs, mask=ok[:, None], other=0.0)
     return heavy
 
 
 @triton.jit
-def load_tile(tables_ptr, cores_ptr, c, S: tl.constexpr):
-    """The side's features c, `[BLOCK_C, KP]` in fp32; zero beyond its features and its waist."""
-    k = tl.arange(0, S.KP)
-    light_i = c // S.second if S.is_input else c % S.second
-    heavy_i = c % S.second if S.is_input else c // S.second
+def keep_heavy(tables_ptr, cores_ptr, S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The heavy rows of a block of features, for every a, where they are the same for every block; otherwise nothing."""
+    kept = ()
+    if S.keeps_heavy(BLOCK_C):
+        A: tl.constexpr = S.A
+        i = tl.arange(0, BLOCK_C) % S.second
+        for a in tl.static_range(A):
+            kept = kept + (_heavy(tables_ptr, cores_ptr, a, i, i < S.second, S),)
+    return kept
+
+
+@triton.jit
+def _term(tables_ptr, cores_ptr, a, light_i, heavy_i, ok, S: tl.constexpr):
+    """light[.., a] · heavy[a, .., :]."""
+    heavy = _heavy(tables_ptr, cores_ptr, a, heavy_i, heavy_i < S.heavy_size, S)
+    return _light(tables_ptr, a, light_i, ok, S)[:, None] * heavy
+
+
+@triton.jit
+def _light(tables_ptr, a, i, ok, S: tl.constexpr):
+    """light[i, a]."""
+    return tl.load(tables_ptr + S.light_table + i * S.A + a, mask=ok, other=0.0)
+
+
+@triton.jit
+def load_tile(tables_ptr, cores_ptr, kept, c0, S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The side's features from c0, `[BLOCK_C, KP]` in fp32; zero beyond its features and its waist."""
+    c = c0 + tl.arange(0, BLOCK_C)
     ok = c < S.size
-    tile = _term(tables_ptr, cores_ptr, 0, light_i, heavy_i, k, ok, S)
+    light_i = c // S.second if S.is_input else c % S.second
     A: tl.constexpr = S.A
-    if A <= UNROLLED:
+    if not S.has_light:
+        tile = _heavy(tables_ptr, cores_ptr, 0, c, ok, S)
+    elif S.keeps_heavy(BLOCK_C):
+        tile = _light(tables_ptr, 0, light_i, ok, S)[:, None] * kept[0]
         for a in tl.static_range(1, A):
-            tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, k, ok, S)
+            tile += _light(tables_ptr, a, light_i, ok, S)[:, None] * kept[a]
     else:
-        for a in range(1, A):
-            tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, k, ok, S)
+        if S.shares_heavy(BLOCK_C):
+            heavy_i = c0 // S.second + tl.arange(0, 1)
+        else:
+            heavy_i = c % S.second if S.is_input else c // S.second
+        tile = _term(tables_ptr, cores_ptr, 0, light_i, heavy_i, ok, S)
+        if A <= UNROLLED:
+            for a in tl.static_range(1, A):
+                tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, ok, S)
+        else:
+            for a in range(1, A):
+                tile += _term(tables_ptr, cores_ptr, a, light_i, heavy_i, ok, S)
     return tile
 
 

@@ -38,15 +38,18 @@ from loretta_kernels._triton.operands import (
 )
 from loretta_kernels._triton.plan import adapter_plan
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
-from loretta_kernels._triton.tiles import add_grad, load_tile, store_tables
+from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
 from loretta_kernels.shape import TTShape
 
 
 @triton.jit
-def _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD: tl.constexpr, PRECISION: tl.constexpr):
-    """h = s · R_d + b_d for the bottleneck features b, and their tile of R_d."""
-    tile = load_tile(tables_ptr, down_ptr, b, RD)
-    h = dot(s, tl.trans(tile), tl.full([s.shape[0], b.shape[0]], 0, tl.float32), PRECISION)
+def _hidden(
+    s, tables_ptr, down_ptr, down_bias_ptr, b0, RD: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr
+):
+    """h = s · R_d + b_d for the bottleneck features from b0, and their tile of R_d."""
+    b = b0 + tl.arange(0, BLOCK_B)
+    tile = load_tile(tables_ptr, down_ptr, (), b0, RD, BLOCK_B)
+    h = dot(s, tl.trans(tile), tl.full([s.shape[0], BLOCK_B], 0, tl.float32), PRECISION)
     if down_bias_ptr is not None:
         h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
     return h, tile
@@ -68,9 +71,8 @@ def _up_waist(
     """z = act(s · R_d + b_d) · L_u."""
     z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
     for b0 in range(0, RD.size, BLOCK_B):
-        b = b0 + tl.arange(0, BLOCK_B)
-        h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
-        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, b, LU), z, PRECISION)
+        h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
     return z
 
 
@@ -117,6 +119,7 @@ def _tt_adapter_fwd_kernel(
     store_tables(tables_ptr, up_ptr, LU)
     store_tables(tables_ptr, up_ptr, RU)
     tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
     if learnt_scale_ptr is not None:
         scale *= tl.load(learnt_scale_ptr).to(tl.float32)
 
@@ -128,7 +131,7 @@ def _tt_adapter_fwd_kernel(
             x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
             if DROPOUT_P > 0:
                 x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
-            tile = load_tile(tables_ptr, down_ptr, c, LD)
+            tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
             s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
         if part == 0:
             store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
@@ -137,12 +140,14 @@ def _tt_adapter_fwd_kernel(
         z = cast(z * scale, DTYPE)
         for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
-            tile = load_tile(tables_ptr, up_ptr, c, RU)
+            if residual_ptr is not None:
+                base = load_rows(residual_ptr, rows, stride_rn, c, N, RU.size)
+            tile = load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C)
             y = dot(z, tl.trans(cast(tile, DTYPE)), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
             if up_bias_ptr is not None:
                 y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
             if residual_ptr is not None:
-                y += load_rows(residual_ptr, rows, stride_rn, c, N, RU.size).to(tl.float32)
+                y += base.to(tl.float32)
             store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
 
 
@@ -198,6 +203,7 @@ def _tt_adapter_bwd_kernel(
     store_tables(tables_ptr, up_ptr, LU)
     store_tables(tables_ptr, up_ptr, RU)
     tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
     if learnt_scale_ptr is not None:
         learnt_scale = tl.load(learnt_scale_ptr).to(tl.float32)
         total = scale * learnt_scale
@@ -217,7 +223,7 @@ def _tt_adapter_bwd_kernel(
         for c0 in range(0, RU.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size), DTYPE)
-            dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, c, RU), DTYPE), dz, PRECISION)
+            dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C), DTYPE), dz, PRECISION)
             if SUMS_RU:
                 dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, c, dtile, RU, True)
@@ -229,8 +235,8 @@ def _tt_adapter_bwd_kernel(
         s_ones = ones_beside(s, RD.K)
         for b0 in range(0, RD.size, BLOCK_B):
             b = b0 + tl.arange(0, BLOCK_B)
-            h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b, RD, PRECISION)
-            up_tile = load_tile(tables_ptr, up_ptr, b, LU)
+            h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+            up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
             da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
             dh = da * dact(h, ACTIVATION)
             ds = dot(dh, down_tile, ds, PRECISION)
@@ -246,6 +252,8 @@ def _tt_adapter_bwd_kernel(
         if dx_ptr is not None or ddown_ptr is not None:
             for c0 in range(0, LD.size, BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
+                if RESIDUAL_IS_X and dx_ptr is not None:
+                    base = load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size)
                 if DROPOUT_P > 0:
                     factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
                 if ddown_ptr is not None:
@@ -256,12 +264,12 @@ def _tt_adapter_bwd_kernel(
                     dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, LD.KP], 0, tl.float32), PRECISION)
                     add_grad(grads_ptr, c, dtile, LD, True)
                 if dx_ptr is not None:
-                    tile = cast(load_tile(tables_ptr, down_ptr, c, LD), DTYPE)
+                    tile = cast(load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C), DTYPE)
                     dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
                     if DROPOUT_P > 0:
                         dx *= factor
                     if RESIDUAL_IS_X:
-                        dx += load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size).to(tl.float32)
+                        dx += base.to(tl.float32)
                     store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
 
     tl.debug_barrier()

@@ -23,7 +23,7 @@ from loretta_kernels._triton.launch import Launch
 from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, needed, rows_of
 from loretta_kernels._triton.plan import linear_plan
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
-from loretta_kernels._triton.tiles import add_grad, load_tile, store_tables
+from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
 from loretta_kernels.shape import TTShape
 
 
@@ -56,6 +56,7 @@ def _tt_linear_fwd_kernel(
     store_tables(tables_ptr, cores_ptr, L)
     store_tables(tables_ptr, cores_ptr, R)
     tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, cores_ptr, L, BLOCK_C)
 
     for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
@@ -63,14 +64,14 @@ def _tt_linear_fwd_kernel(
         for c0 in range(0, L.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             x = cast(load_rows(x_ptr, rows, stride_xn, c, N, L.size), DTYPE)
-            s = dot(x, cast(load_tile(tables_ptr, cores_ptr, c, L), DTYPE), s, PRECISION)
+            s = dot(x, cast(load_tile(tables_ptr, cores_ptr, kept, c0, L, BLOCK_C), DTYPE), s, PRECISION)
         if part == 0:
             store_rows(waist_ptr, rows, L.K, tl.arange(0, L.KP), N, L.K, s)
 
         s = cast(s, DTYPE)
         for c0 in range(part * BLOCK_C, R.size, parts * BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
-            tile = cast(load_tile(tables_ptr, cores_ptr, c, R), DTYPE)
+            tile = cast(load_tile(tables_ptr, cores_ptr, (), c0, R, BLOCK_C), DTYPE)
             y = dot(s, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + c, mask=c < R.size, other=0.0).to(tl.float32)[None, :]
@@ -111,6 +112,7 @@ def _tt_linear_bwd_kernel(
     store_tables(tables_ptr, cores_ptr, L)
     store_tables(tables_ptr, cores_ptr, R)
     tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, cores_ptr, L, BLOCK_C)
 
     for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
@@ -121,7 +123,7 @@ def _tt_linear_bwd_kernel(
             c = c0 + tl.arange(0, BLOCK_C)
             dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, R.size), DTYPE)
             if dx_ptr is not None or dcores_ptr is not None:
-                ds = dot(dy, cast(load_tile(tables_ptr, cores_ptr, c, R), DTYPE), ds, PRECISION)
+                ds = dot(dy, cast(load_tile(tables_ptr, cores_ptr, (), c0, R, BLOCK_C), DTYPE), ds, PRECISION)
             if dcores_ptr is not None or dbias_ptr is not None:
                 dtile = dot(tl.trans(dy), s_ones, tl.full([BLOCK_C, R.KP], 0, tl.float32), PRECISION)
                 add_grad(grads_ptr, c, dtile, R, True)
@@ -135,7 +137,7 @@ def _tt_linear_bwd_kernel(
                     dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, L.KP], 0, tl.float32), PRECISION)
                     add_grad(grads_ptr, c, dtile, L, True)
                 if dx_ptr is not None:
-                    tile = cast(load_tile(tables_ptr, cores_ptr, c, L), DTYPE)
+                    tile = cast(load_tile(tables_ptr, cores_ptr, kept, c0, L, BLOCK_C), DTYPE)
                     dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
                     store_rows(dx_ptr, rows, L.size, c, N, L.size, dx)
 

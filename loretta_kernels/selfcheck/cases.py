@@ -72,9 +72,11 @@ def linear_case(size: int, rank: int) -> Case:
     return Case(f"cls {size} {rank}", "tt_linear", (TTShape.for_matrix(size, size, rank),))
 
 
-def random_arguments(case: Case, N: int, dtype: torch.dtype, device: torch.device) -> Arguments:
-    """Every argument of the operator: rows in `dtype`, parameters in fp32; a residual "x" means x itself."""
-    generator = torch.Generator().manual_seed(0)
+def random_arguments(
+    case: Case, N: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[Arguments, Tensor]:
+    """Every argument of the operator, and dy: rows in `dtype`, parameters in fp32; a residual "x" means x itself."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=generator) * std
@@ -96,4 +98,5 @@ def random_arguments(case: Case, N: int, dtype: torch.dtype, device: torch.devic
         arguments |= {"down": cores(first), "down_shape": first, "down_bias": normal(first.out_features)}
         arguments |= {"up": cores(last), "up_shape": last, "up_bias": normal(last.out_features)}
         arguments |= {"residual": "x", "activation": case.activation, "scale": torch.tensor(0.7)}
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    return on_device, normal(N, last.out_features).to(device, dtype)

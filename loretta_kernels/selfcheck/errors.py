@@ -10,7 +10,10 @@ from torch import Tensor
 
 from loretta_kernels.selfcheck.cases import Arguments, Case, random_arguments
 
+DRAWS = 3  # an error is that of all draws taken together: a single sum may cancel
 FP32_ROUNDINGS = 8  # of the chain of fp32 products that an answer passes, however plain PyTorch rounds
+
+Answers = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Row:
     """One output or gradient: its relative error against fp64, and the bar."""
 
     case: str
+    operator: str
+    N: int
     dtype: str
     answer: str
     error: float
@@ -30,32 +35,36 @@ class Row:
 
 
 def check(cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device) -> Iterator[Row]:
-    """Every output and gradient of every case in every dtype."""
+    """Every output and gradient of every case in every dtype, for N rows."""
     dtypes = tuple(dtypes)
     for case in cases:
         for dtype in dtypes:
-            yield from _check(case, random_arguments(case, N, dtype, device), dtype)
+            yield from _check(case, dtype, N, device)
 
 
-def _check(case: Case, arguments: Arguments, dtype: torch.dtype) -> Iterator[Row]:
-    truth = _answers(case.definition(), _to(arguments, torch.float64), dtype)
-    plain = _answers(case.definition(), _to(arguments, dtype), dtype)
-    for name, answer in _answers(case.function(), arguments, dtype).items():
+def _check(case: Case, dtype: torch.dtype, N: int, device: torch.device) -> Iterator[Row]:
+    truths, plains, ours = [], [], []
+    for seed in range(DRAWS):
+        arguments, dy = random_arguments(case, N, dtype, device, seed)
+        truths.append(_answers(case.definition(), _to(arguments, torch.float64), dy))
+        plains.append(_answers(case.definition(), _to(arguments, dtype), dy))
+        ours.append(_answers(case.function(), arguments, dy))
+    for name, answer in ours[0].items():
         rounding = torch.finfo(answer.dtype).eps + FP32_ROUNDINGS * torch.finfo(torch.float32).eps
-        if answer.numel() == 1:  # a sum that may cancel, with no other elements to average the luck over
+        if answer.numel() == 1:  # no other elements to average the luck over
             rounding *= 10
-        bar = max(2 * _error(plain[name], truth[name]), rounding)
-        yield Row(case.name, str(dtype).removeprefix("torch."), name, _error(answer, truth[name]), bar)
+        bar = max(2 * _error(name, plains, truths), rounding)
+        error = _error(name, ours, truths)
+        yield Row(case.name, case.operator, N, str(dtype).removeprefix("torch."), name, error, bar)
 
 
-def _answers(function: Callable[..., Tensor], arguments: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The output y and the gradient of every tensor, for a fixed dy that `dtype` holds exactly."""
+def _answers(function: Callable[..., Tensor], arguments: Arguments, dy: Tensor) -> Answers:
+    """The output y and the gradient of every tensor."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in arguments.items() if isinstance(t, Tensor)}
     given = arguments | leaves
     if given.get("residual") == "x":
         given["residual"] = leaves["x"]
     y = function(**given)
-    dy = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).reshape(y.shape).to(dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
@@ -65,8 +74,9 @@ def _to(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
-def _error(answer: Tensor, truth: Tensor) -> float:
-    """The relative error of a whole tensor."""
-    size = truth.double().norm().item()
-    difference = (answer.double() - truth.double()).norm().item()
+def _error(name: str, answers: list[Answers], truths: list[Answers]) -> float:
+    """The relative error of one answer, of all its elements in all draws."""
+    truth = torch.stack([each[name].double() for each in truths])
+    difference = (torch.stack([each[name].double() for each in answers]) - truth).norm().item()
+    size = truth.norm().item()
     return difference / size if size else difference

@@ -32,13 +32,12 @@ class Timing:
 
 def time_against_copy(case: Case, N: int, dtype: torch.dtype, device: torch.device) -> tuple[Timing, Timing]:
     """Forward and backward of one case, all gradients but that of a residual that is not x (it is dy itself)."""
-    arguments = random_arguments(case, N, dtype, device)
+    arguments, dy = random_arguments(case, N, dtype, device)
     leaves = [t.requires_grad_() for name, t in arguments.items() if isinstance(t, Tensor) and name != "residual"]
     if arguments.get("residual") == "x":
         arguments["residual"] = arguments["x"]
     function = case.function()
     y = function(**arguments)
-    dy = torch.randn_like(y)
     calls: dict[str, Callable[[], object]] = {
         "forward": lambda: function(**arguments),
         "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
