@@ -49,7 +49,7 @@ class Case:
         return getattr(reference, self.operator)
 
     def compulsory_bytes(self, N: int, itemsize: int) -> tuple[int, int]:
-        """What must move: forward reads x and a residual that is not x, writes y; backward reads dy and x, writes dx."""
+        """What must move: forward reads x and a residual that is not x, writes y; backward reads dy, x, writes dx."""
         I, O = N * self.in_features * itemsize, N * self.out_features * itemsize
         return I + O * (2 if self.operator == "tt_lora" else 1), 2 * I + O
 
