@@ -98,4 +98,4 @@ def add_to(ptrs, value, mask, ATOMIC: tl.constexpr):
     if ATOMIC:
         tl.atomic_add(ptrs, value, mask=mask, sem="relaxed")
     else:
-        tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + value, mask=mask)
+        tl.store(ptrs, tl.load(ptrs, mask=mask) + value, mask=mask)

@@ -101,3 +101,27 @@ def inner_product(a_ptr, b_ptr, SIZE: tl.constexpr):
         a = tl.load(a_ptr + e, mask=e < SIZE, other=0.0).to(tl.float32)
         sums += a * tl.load(b_ptr + e, mask=e < SIZE, other=0.0).to(tl.float32)
     return tl.sum(sums)
+
+
+@triton.jit
+def is_last(arrived_ptr, programs):
+    """Whether this program is the last to come here, and so sees what all the others have written."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1.0, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return arrived == programs - 1
+
+
+@triton.jit
+def sum_programs(sums_ptr, grads_ptr, programs, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """This program's share of the sum of every program's `[SIZE]`, in the order of the programs."""
+    e = tl.program_id(0) * TABLE_BLOCK + tl.arange(0, TABLE_BLOCK)
+    sums = tl.full([TABLE_BLOCK], 0, tl.float32)
+    for program in range(0, programs):
+        sums += tl.load(grads_ptr + tl.to_tensor(program).to(tl.int64) * STRIDE + e, mask=e < SIZE, other=0.0)
+    tl.store(sums_ptr + e, sums, mask=e < SIZE)
+
+
+def sum_blocks(size: int) -> int:
+    """How many programs share a sum of this size."""
+    return triton.cdiv(size, TABLE_BLOCK.value)

@@ -89,10 +89,14 @@ def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
 
 
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
-    """Blocks by the widest tile."""
+    """Blocks by the widest tile: 64 rows where a tile is narrow, fewer of everything where it is wide."""
     KP = max(side.KP for side in all_sides)
-    c = 64 if KP <= 32 else 32
     largest = max(side.size for side in all_sides)
+    if KP <= 16:
+        n, c, warps, stages = 64, 64, 8, 3
+    elif KP <= 32:
+        n, c, warps, stages = 64, 64, 8, 1
+    else:
+        n, c, warps, stages = 32, 32, 8, 1
     c = min(c, max(16, next_power_of_2(largest)))
-    n = 64 if KP <= 32 else 32
-    return Plan(all_sides, Blocks(n, c, 4, 3), Blocks(n, c, 4, 2))
+    return Plan(all_sides, Blocks(n, c, warps, stages), Blocks(n, c, warps, min(stages, 2)))

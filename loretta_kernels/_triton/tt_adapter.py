@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._triton import launch
-from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
-from loretta_kernels._triton.core_grads import copy, inner_product, store_core_grads
+from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropout_factor
+from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_blocks, sum_programs
 from loretta_kernels._triton.launch import Launch
 from loretta_kernels._triton.operands import (
     architecture,
@@ -36,7 +36,7 @@ from loretta_kernels._triton.operands import (
     rows_of,
     seed_on,
 )
-from loretta_kernels._triton.plan import adapter_plan
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, adapter_plan
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
 from loretta_kernels.shape import TTShape
@@ -151,6 +151,45 @@ def _tt_adapter_fwd_kernel(
             store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
 
 
+@triton.jit
+def _store_grads(
+    down_ptr,
+    up_ptr,
+    up_bias_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    grads_ptr,
+    scratch_ptr,
+    scale,
+    total,
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    DSCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums over rows, in which dR_u and db_u lack the scale; by one program."""
+    if ddown_ptr is not None:
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
+    if ddown_bias_ptr is not None:
+        copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
+    if dup_ptr is not None:
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
+    if dup_bias_ptr is not None:
+        copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
+    if dscale_ptr is not None:
+        dscale = tl.load(grads_ptr + DSCALE)
+        if up_bias_ptr is not None:
+            dscale += inner_product(grads_ptr + RU.grad + RU.K * RU.size, up_bias_ptr, RU.size)
+        tl.store(dscale_ptr, cast(scale * dscale, dscale_ptr.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["N"])
 def _tt_adapter_bwd_kernel(
     # pointers
@@ -183,12 +222,14 @@ def _tt_adapter_bwd_kernel(
     LU: tl.constexpr,
     RU: tl.constexpr,
     TABLE_SIZE: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
     DSCALE: tl.constexpr,
     ARRIVED: tl.constexpr,
     # blocks and flags
     ACTIVATION: tl.constexpr,
     DROPOUT_P: tl.constexpr,
     RESIDUAL_IS_X: tl.constexpr,
+    ATOMIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -198,6 +239,8 @@ def _tt_adapter_bwd_kernel(
     """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    if not ATOMIC:
+        grads_ptr += program.to(tl.int64) * GRAD_SIZE
     store_tables(tables_ptr, down_ptr, LD)
     store_tables(tables_ptr, down_ptr, RD)
     store_tables(tables_ptr, up_ptr, LU)
@@ -226,9 +269,9 @@ def _tt_adapter_bwd_kernel(
             dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C), DTYPE), dz, PRECISION)
             if SUMS_RU:
                 dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, c, dtile, RU, True)
+                add_grad(grads_ptr, c, dtile, RU, ATOMIC)
         if dscale_ptr is not None:
-            tl.atomic_add(grads_ptr + DSCALE, tl.sum(z * dz), sem="relaxed")
+            add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
         dz *= total
 
         ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
@@ -243,10 +286,10 @@ def _tt_adapter_bwd_kernel(
             if dup_ptr is not None:
                 a = act(h, ACTIVATION)
                 dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, b, dtile, LU, True)
+                add_grad(grads_ptr, b, dtile, LU, ATOMIC)
             if SUMS_RD:
                 dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, b, dtile, RD, True)
+                add_grad(grads_ptr, b, dtile, RD, ATOMIC)
 
         ds = cast(ds, DTYPE)
         if dx_ptr is not None or ddown_ptr is not None:
@@ -262,7 +305,7 @@ def _tt_adapter_bwd_kernel(
                         x = x.to(tl.float32) * factor
                     x = cast(x, DTYPE)
                     dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, LD.KP], 0, tl.float32), PRECISION)
-                    add_grad(grads_ptr, c, dtile, LD, True)
+                    add_grad(grads_ptr, c, dtile, LD, ATOMIC)
                 if dx_ptr is not None:
                     tile = cast(load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C), DTYPE)
                     dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
@@ -272,25 +315,84 @@ def _tt_adapter_bwd_kernel(
                         dx += base.to(tl.float32)
                     store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
 
-    tl.debug_barrier()
-    arrived = tl.atomic_add(grads_ptr + ARRIVED, 1.0, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    if arrived == programs - 1:
-        if ddown_ptr is not None:
-            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
-            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
-        if ddown_bias_ptr is not None:
-            copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
-        if dup_ptr is not None:
-            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
-            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
-        if dup_bias_ptr is not None:
-            copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
-        if dscale_ptr is not None:
-            dscale = tl.load(grads_ptr + DSCALE)
-            if up_bias_ptr is not None:
-                dscale += inner_product(grads_ptr + RU.grad + RU.K * RU.size, up_bias_ptr, RU.size)
-            tl.store(dscale_ptr, cast(scale * dscale, dscale_ptr.dtype.element_ty))
+    if ATOMIC:
+        if is_last(grads_ptr + ARRIVED, programs):
+            _store_grads(
+                down_ptr,
+                up_ptr,
+                up_bias_ptr,
+                ddown_ptr,
+                ddown_bias_ptr,
+                dup_ptr,
+                dup_bias_ptr,
+                dscale_ptr,
+                grads_ptr,
+                scratch_ptr,
+                scale,
+                total,
+                LD,
+                RD,
+                LU,
+                RU,
+                DSCALE,
+                PRECISION,
+            )
+
+
+@triton.jit
+def _tt_adapter_sum_kernel(
+    # pointers
+    down_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    grads_ptr,
+    sums_ptr,
+    scratch_ptr,
+    # sizes
+    programs,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
+    DSCALE: tl.constexpr,
+    ARRIVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums of every program, added in the order of the programs."""
+    sum_programs(sums_ptr, grads_ptr, programs, ARRIVED, GRAD_SIZE)
+    if is_last(sums_ptr + ARRIVED, tl.num_programs(0)):
+        total = scale
+        if learnt_scale_ptr is not None:
+            total *= tl.load(learnt_scale_ptr).to(tl.float32)
+        _store_grads(
+            down_ptr,
+            up_ptr,
+            up_bias_ptr,
+            ddown_ptr,
+            ddown_bias_ptr,
+            dup_ptr,
+            dup_bias_ptr,
+            dscale_ptr,
+            sums_ptr,
+            scratch_ptr,
+            scale,
+            total,
+            LD,
+            RD,
+            LU,
+            RU,
+            DSCALE,
+            PRECISION,
+        )
 
 
 def tt_adapter_fwd(
@@ -391,56 +493,77 @@ def tt_adapter_bwd(
     )
     if N == 0:
         return grads
-    programs = plan.programs(N, blocks)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    parameters = {
+        "down_ptr": down.contiguous(),
+        "up_ptr": up.contiguous(),
+        "up_bias_ptr": contiguous(up_bias),
+        "learnt_scale_ptr": learnt_scale,
+        **needed(
+            {
+                "ddown_ptr": ddown,
+                "ddown_bias_ptr": ddown_bias,
+                "dup_ptr": dup,
+                "dup_bias_ptr": dup_bias,
+                "dscale_ptr": dscale,
+            },
+            needs[1:],
+        ),
+        "grads_ptr": waist.new_zeros((1 if atomic else programs) * plan.grad_size),
+        "scratch_ptr": waist.new_empty(plan.scratch_size),
+        "scale": scale,
+    }
+    constants = {
+        "LD": LD,
+        "RD": RD,
+        "LU": LU,
+        "RU": RU,
+        "GRAD_SIZE": plan.grad_size,
+        "DSCALE": plan.dscale,
+        "ARRIVED": plan.arrived,
+    }
+    products = block_constants(blocks, x.dtype, dy.dtype)
     launch.execute(
         Launch(
             _tt_adapter_bwd_kernel,
             (programs,),
             {
+                **parameters,
                 "dy_ptr": rows_of_dy,
                 "x_ptr": rows,
                 "waist_ptr": waist,
-                "down_ptr": down.contiguous(),
                 "down_bias_ptr": contiguous(down_bias),
-                "up_ptr": up.contiguous(),
-                "up_bias_ptr": contiguous(up_bias),
-                "learnt_scale_ptr": learnt_scale,
                 "seed_ptr": seed_on(x.device, seed) if dropout_p else None,
-                **needed(
-                    {
-                        "dx_ptr": dx,
-                        "ddown_ptr": ddown,
-                        "ddown_bias_ptr": ddown_bias,
-                        "dup_ptr": dup,
-                        "dup_bias_ptr": dup_bias,
-                        "dscale_ptr": dscale,
-                    },
-                    needs,
-                ),
+                "dx_ptr": dx if needs[0] else None,
                 "tables_ptr": waist.new_empty(programs * plan.table_size),
-                "grads_ptr": waist.new_zeros(plan.grad_size),
-                "scratch_ptr": waist.new_empty(plan.scratch_size),
                 "N": N,
                 "stride_dyn": rows_of_dy.stride(0),
                 "stride_xn": rows.stride(0),
-                "scale": scale,
             },
             {
-                "LD": LD,
-                "RD": RD,
-                "LU": LU,
-                "RU": RU,
+                **constants,
+                **products,
                 "TABLE_SIZE": plan.table_size,
                 "BLOCK_B": plan.block_b,
-                "DSCALE": plan.dscale,
-                "ARRIVED": plan.arrived,
                 "ACTIVATION": activation,
                 "DROPOUT_P": dropout_p,
                 "RESIDUAL_IS_X": residual_is_x,
-                **block_constants(blocks, x.dtype, dy.dtype),
+                "ATOMIC": atomic,
             },
             blocks.warps,
             blocks.stages,
         )
     )
+    if not atomic and any(needs[1:]):
+        launch.execute(
+            Launch(
+                _tt_adapter_sum_kernel,
+                (sum_blocks(plan.arrived),),
+                {**parameters, "sums_ptr": waist.new_zeros(plan.grad_size), "programs": programs},
+                {**constants, "PRECISION": products["PRECISION"]},
+                blocks.warps,
+                1,
+            )
+        )
     return grads

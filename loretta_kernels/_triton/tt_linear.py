@@ -18,10 +18,10 @@ from torch import Tensor
 
 from loretta_kernels._triton import launch
 from loretta_kernels._triton._common import cast, dot
-from loretta_kernels._triton.core_grads import copy, store_core_grads
+from loretta_kernels._triton.core_grads import copy, is_last, store_core_grads, sum_blocks, sum_programs
 from loretta_kernels._triton.launch import Launch
 from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, needed, rows_of
-from loretta_kernels._triton.plan import linear_plan
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, linear_plan
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
 from loretta_kernels.shape import TTShape
@@ -78,6 +78,25 @@ def _tt_linear_fwd_kernel(
             store_rows(y_ptr, rows, R.size, c, N, R.size, y)
 
 
+@triton.jit
+def _store_grads(
+    cores_ptr,
+    dcores_ptr,
+    dbias_ptr,
+    grads_ptr,
+    scratch_ptr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums over rows; by one program."""
+    if dcores_ptr is not None:
+        store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, 1.0, L, PRECISION)
+        store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, 1.0, R, PRECISION)
+    if dbias_ptr is not None:
+        copy(dbias_ptr, grads_ptr + R.grad + R.K * R.size, 1.0, R.size)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _tt_linear_bwd_kernel(
     # pointers
@@ -99,8 +118,10 @@ def _tt_linear_bwd_kernel(
     L: tl.constexpr,
     R: tl.constexpr,
     TABLE_SIZE: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
     ARRIVED: tl.constexpr,
-    # blocks
+    # blocks and flags
+    ATOMIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -109,6 +130,8 @@ def _tt_linear_bwd_kernel(
     """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    if not ATOMIC:
+        grads_ptr += program.to(tl.int64) * GRAD_SIZE
     store_tables(tables_ptr, cores_ptr, L)
     store_tables(tables_ptr, cores_ptr, R)
     tl.debug_barrier()
@@ -126,7 +149,7 @@ def _tt_linear_bwd_kernel(
                 ds = dot(dy, cast(load_tile(tables_ptr, cores_ptr, (), c0, R, BLOCK_C), DTYPE), ds, PRECISION)
             if dcores_ptr is not None or dbias_ptr is not None:
                 dtile = dot(tl.trans(dy), s_ones, tl.full([BLOCK_C, R.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, c, dtile, R, True)
+                add_grad(grads_ptr, c, dtile, R, ATOMIC)
 
         ds = cast(ds, DTYPE)
         if dx_ptr is not None or dcores_ptr is not None:
@@ -135,21 +158,39 @@ def _tt_linear_bwd_kernel(
                 if dcores_ptr is not None:
                     x = cast(load_rows(x_ptr, rows, stride_xn, c, N, L.size), DTYPE)
                     dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, L.KP], 0, tl.float32), PRECISION)
-                    add_grad(grads_ptr, c, dtile, L, True)
+                    add_grad(grads_ptr, c, dtile, L, ATOMIC)
                 if dx_ptr is not None:
                     tile = cast(load_tile(tables_ptr, cores_ptr, kept, c0, L, BLOCK_C), DTYPE)
                     dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
                     store_rows(dx_ptr, rows, L.size, c, N, L.size, dx)
 
-    tl.debug_barrier()
-    arrived = tl.atomic_add(grads_ptr + ARRIVED, 1.0, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    if arrived == programs - 1:
-        if dcores_ptr is not None:
-            store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, 1.0, L, PRECISION)
-            store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, 1.0, R, PRECISION)
-        if dbias_ptr is not None:
-            copy(dbias_ptr, grads_ptr + R.grad + R.K * R.size, 1.0, R.size)
+    if ATOMIC:
+        if is_last(grads_ptr + ARRIVED, programs):
+            _store_grads(cores_ptr, dcores_ptr, dbias_ptr, grads_ptr, scratch_ptr, L, R, PRECISION)
+
+
+@triton.jit
+def _tt_linear_sum_kernel(
+    # pointers
+    cores_ptr,
+    dcores_ptr,
+    dbias_ptr,
+    grads_ptr,
+    sums_ptr,
+    scratch_ptr,
+    # sizes
+    programs,
+    # shape
+    L: tl.constexpr,
+    R: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
+    ARRIVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums of every program, added in the order of the programs."""
+    sum_programs(sums_ptr, grads_ptr, programs, ARRIVED, GRAD_SIZE)
+    if is_last(sums_ptr + ARRIVED, tl.num_programs(0)):
+        _store_grads(cores_ptr, dcores_ptr, dbias_ptr, sums_ptr, scratch_ptr, L, R, PRECISION)
 
 
 def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -202,33 +243,45 @@ def tt_linear_bwd(
     grads = dx, dcores, dbias = grads_like((x, cores, bias), needs, N)
     if N == 0:
         return grads
-    programs = plan.programs(N, blocks)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    parameters = {
+        "cores_ptr": cores.contiguous(),
+        **needed({"dcores_ptr": dcores, "dbias_ptr": dbias}, needs[1:]),
+        "grads_ptr": waist.new_zeros((1 if atomic else programs) * plan.grad_size),
+        "scratch_ptr": waist.new_empty(plan.scratch_size),
+    }
+    constants = {"L": L, "R": R, "GRAD_SIZE": plan.grad_size, "ARRIVED": plan.arrived}
+    products = block_constants(blocks, x.dtype, x.dtype)
     launch.execute(
         Launch(
             _tt_linear_bwd_kernel,
             (programs,),
             {
+                **parameters,
                 "dy_ptr": rows_of_dy,
                 "x_ptr": rows,
                 "waist_ptr": waist,
-                "cores_ptr": cores.contiguous(),
-                **needed({"dx_ptr": dx, "dcores_ptr": dcores, "dbias_ptr": dbias}, needs),
+                "dx_ptr": dx if needs[0] else None,
                 "tables_ptr": waist.new_empty(programs * plan.table_size),
-                "grads_ptr": waist.new_zeros(plan.grad_size),
-                "scratch_ptr": waist.new_empty(plan.scratch_size),
                 "N": N,
                 "stride_dyn": rows_of_dy.stride(0),
                 "stride_xn": rows.stride(0),
             },
-            {
-                "L": L,
-                "R": R,
-                "TABLE_SIZE": plan.table_size,
-                "ARRIVED": plan.arrived,
-                **block_constants(blocks, x.dtype, x.dtype),
-            },
+            {**constants, **products, "TABLE_SIZE": plan.table_size, "ATOMIC": atomic},
             blocks.warps,
             blocks.stages,
         )
     )
+    if not atomic and any(needs[1:]):
+        launch.execute(
+            Launch(
+                _tt_linear_sum_kernel,
+                (sum_blocks(plan.arrived),),
+                {**parameters, "sums_ptr": waist.new_zeros(plan.grad_size), "programs": programs},
+                {**constants, "PRECISION": products["PRECISION"]},
+                blocks.warps,
+                1,
+            )
+        )
     return grads

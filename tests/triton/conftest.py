@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Read when the first kernel is defined, which no module does at import.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _atomics_and_no_unwritten_memory(
+    _one_thread_and_no_unwritten_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Sum by atomics, the default; what would be uninitialised memory is NaN all the same."""
+    torch.use_deterministic_algorithms(False)
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def nan(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: nan(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: nan(empty_like(*args, **kwargs)))
+    yield
