@@ -41,6 +41,7 @@ class Resources:
     """What one kernel costs.
 
     Args:
+        rows: how many it is launched for.
         local_bytes, local_accesses, local_in_loops: spilled memory of a thread, and the instructions that use it.
         shared, shared_limit: bytes of a program.
         load_bytes: of the narrowest global load of x, dy and the residual.
@@ -52,6 +53,7 @@ class Resources:
     arch: str
     dtype: str
     kernel: str
+    rows: int
     num_warps: int
     registers: int
     local_bytes: int
@@ -91,20 +93,23 @@ def measure(case: Case, arch: str, dtype: str) -> list[Resources]:
     many = would_launch(case, MANY_ROWS, DTYPES[dtype], arch)
     one = would_launch(case, ONE_ROW, DTYPES[dtype], arch)
     launches: dict[Any, Any] = {}
-    for launch in (*many["forward"], *many["backward"], *one["forward"]):
+    for rows, launch in (
+        *((MANY_ROWS, launch) for launch in (*many["forward"], *many["backward"])),
+        *((ONE_ROW, launch) for launch in one["forward"]),
+    ):
         source = launch.source()
         key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
-        launches.setdefault(key, launch)
-    return [compiled(case, arch, dtype, launch) for launch in launches.values()]
+        launches.setdefault(key, (rows, launch))
+    return [compiled(case, arch, dtype, rows, launch) for rows, launch in launches.values()]
 
 
-def compiled(case: Case, arch: str, dtype: str, launch: Any) -> Resources:
+def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resources:
     """What one launch's kernel costs."""
     import triton
     from triton.compiler import ASTSource
 
     architecture = ARCHITECTURES[arch]
-    where = case.name, case.rank, arch, dtype, launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    where = case.name, case.rank, arch, dtype, launch.kernel.__name__.strip("_").removesuffix("_kernel"), rows
     source = launch.source()
     try:
         kernel = triton.compile(ASTSource(**source), target=architecture.gpu_target(), options=launch.options())
@@ -115,7 +120,7 @@ def compiled(case: Case, arch: str, dtype: str, launch: Any) -> Resources:
     shared = kernel.metadata.shared
     pointers = [name for name, kind in source["signature"].items() if kind.startswith("*")]
     widths = load_widths(kernel.asm["llir"], pointers)
-    rows = [name for name in ("x_ptr", "dy_ptr", "residual_ptr") if name in pointers]
+    of_rows = [name for name in ("x_ptr", "dy_ptr", "residual_ptr") if name in pointers]
     return Resources(
         *where,
         launch.num_warps,
@@ -126,7 +131,7 @@ def compiled(case: Case, arch: str, dtype: str, launch: Any) -> Resources:
         shared,
         architecture.shared_limit,
         code.tensor_core,
-        {name.removesuffix("_ptr"): widths.get(name, 0) for name in rows},
+        {name.removesuffix("_ptr"): widths.get(name, 0) for name in of_rows},
         architecture.occupancy(code.registers, shared, launch.num_warps),
     )
 
@@ -139,7 +144,11 @@ def main(argv: Sequence[str] | None = None, measure: Callable[[Case, str, str], 
         return 2
     work = [(case, arch, dtype) for arch in args.arch for dtype in args.dtype for case in chosen(args)]
     found = [row for rows in _all(measure, work, args.jobs) for row in rows]
-    failures = [f"{row.arch} {row.dtype} {row.case} {row.kernel}: {what}" for row in found for what in row.failures()]
+    failures = [
+        f"{row.arch} {row.dtype} {row.case} {row.kernel} of {row.rows} rows: {what}"
+        for row in found
+        for what in row.failures()
+    ]
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in found], "failures": failures}, ensure_ascii=False))
     else:
@@ -184,7 +193,7 @@ def _all(measure: Callable[..., Any], work: list[tuple[Case, str, str]], jobs: i
 
 def _table(rows: list[Resources]) -> str:
     header = (
-        "kernel", "class", "dtype", "arch", "warps", "registers", "spilled", "in loops", "shared", "limit",
+        "kernel", "class", "dtype", "arch", "rows", "warps", "registers", "spilled", "in loops", "shared", "limit",
         "tensor core", "load bytes", "occupancy",
     )  # fmt: skip
     return text_table(
@@ -195,6 +204,7 @@ def _table(rows: list[Resources]) -> str:
                 row.case,
                 row.dtype,
                 row.arch,
+                row.rows,
                 row.num_warps,
                 row.registers,
                 row.local_bytes,

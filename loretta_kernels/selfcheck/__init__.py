@@ -1,11 +1,12 @@
 """Every operator against its definition, on this machine: what `loretta check` and `python -m bench.selfcheck` run."""
 
 from loretta_kernels.selfcheck.cases import Case, adapter_case, linear_case, lora_case
-from loretta_kernels.selfcheck.errors import Row, check
-from loretta_kernels.selfcheck.table import text_table
+from loretta_kernels.selfcheck.errors import DTYPES, Row, check
+from loretta_kernels.selfcheck.report import report, text_table
 from loretta_kernels.selfcheck.timing import Timing, time_against_copy
 
 __all__ = [
+    "DTYPES",
     "Case",
     "Row",
     "Timing",
@@ -13,6 +14,7 @@ __all__ = [
     "check",
     "linear_case",
     "lora_case",
+    "report",
     "text_table",
     "time_against_copy",
 ]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from loretta_kernels.selfcheck.cases import Arguments, Case, random_arguments
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = 3  # an error is that of all draws taken together: a single sum may cancel
-FP32_ROUNDINGS = 8  # of the chain of fp32 products that an answer passes, however plain PyTorch rounds
+FP32_ROUNDINGS = 16  # of the chain of fp32 products that an answer passes, however plain PyTorch rounds
 
 Answers = dict[str, Tensor]
 
@@ -32,6 +33,11 @@ class Row:
     def missed(self) -> bool:
         """Whether the error is above the bar; not a number counts as above."""
         return not self.error <= self.bar
+
+    @property
+    def text(self) -> str:
+        """On one line."""
+        return f"{self.case}, {self.dtype}: {self.answer} is off by {self.error:.1e}, {self.bar:.1e} is allowed"
 
 
 def check(cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device) -> Iterator[Row]:

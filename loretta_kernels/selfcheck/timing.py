@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -29,6 +30,11 @@ class Timing:
         """How many times the copy's time."""
         return self.microseconds / self.copy
 
+    @property
+    def text(self) -> str:
+        """On one line."""
+        return f"{self.case}, {self.direction}: {self.ratio:.2f} times the time of a copy"
+
 
 def time_against_copy(case: Case, N: int, dtype: torch.dtype, device: torch.device) -> tuple[Timing, Timing]:
     """Forward and backward of one case, all gradients but that of a residual that is not x (it is dy itself)."""
@@ -43,9 +49,8 @@ def time_against_copy(case: Case, N: int, dtype: torch.dtype, device: torch.devi
         "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
     }
     for direction, size in zip(tuple(calls), case.compulsory_bytes(N, dtype.itemsize), strict=True):
-        source = torch.empty(size // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        calls[f"copy {direction}"] = lambda target=target, source=source: target.copy_(source)
+        source = torch.empty(size // 2, dtype=torch.uint8, device=device)  # read once and written once
+        calls[f"copy {direction}"] = partial(torch.empty_like(source).copy_, source)
     times = _interleaved(calls, device)
     forward, backward = (
         Timing(case.name, direction, times[direction], times[f"copy {direction}"])
