@@ -55,9 +55,10 @@ def _core_grad(
     ROWS: tl.constexpr = S.chain_rows[J]
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
-    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, 64, 64)
+    B: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
+    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, B, B)
     _matmul(
-        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, 64, 16, 64
+        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, B, 16, B
     )
     tl.debug_barrier()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -63,28 +62,20 @@ def block_constants(blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) 
     }
 
 
-class _Planning(threading.local):
-    """The architecture that plans without a GPU are for."""
-
-    arch = DEFAULT_ARCHITECTURE
-
-
-_planning = _Planning()
-
-
 @contextmanager
 def planning_for(arch: str) -> Iterator[None]:
     """Plan the calls made inside with tensors that are on no GPU for this architecture: sm_90, gfx942, ..."""
-    previous, _planning.arch = _planning.arch, arch
+    global DEFAULT_ARCHITECTURE
+    previous, DEFAULT_ARCHITECTURE = DEFAULT_ARCHITECTURE, arch
     try:
         yield
     finally:
-        _planning.arch = previous
+        DEFAULT_ARCHITECTURE = previous
 
 
 def architecture(device: torch.device) -> str:
     """The architecture that a plan is for: the device's, where there is a GPU."""
-    return _architecture(device.index) if device.type == "cuda" else _planning.arch
+    return _architecture(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
 
 
 @cache

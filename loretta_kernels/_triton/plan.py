@@ -6,7 +6,7 @@ rows, `parts` programs share the output features of a block, so that one token d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from loretta_kernels._triton.side import Side, next_power_of_2, round_up, sides
@@ -39,7 +39,7 @@ class Plan:
     @cached_property
     def block_b(self) -> int:
         """Features of the bottleneck taken at a time."""
-        return min(self.forward.c, max(16, next_power_of_2(self.sides[1].size)))
+        return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
 
     @cached_property
     def table_size(self) -> int:
@@ -89,14 +89,19 @@ def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
 
 
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
-    """Blocks by the widest tile: 64 rows where a tile is narrow, fewer of everything where it is wide."""
-    KP = max(side.KP for side in all_sides)
-    largest = max(side.size for side in all_sides)
-    if KP <= 16:
-        n, c, warps, stages = 64, 64, 8, 3
-    elif KP <= 32:
-        n, c, warps, stages = 64, 64, 8, 1
+    """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
+    KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
+    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
+    if KP > 32:
+        forward = backward = Blocks(32, 32, 8, 1)
+    elif itemsize > 2:
+        forward = backward = Blocks(64, 32, 8, 1) if KP == 16 else Blocks(32, 32, 8, 1)
+    elif arch.startswith("gfx"):
+        forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
+    elif KP > 16:
+        forward = backward = Blocks(64, 64, 8, 1)
+    elif arch.startswith("sm_8") and A > 5:
+        forward, backward = Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)
     else:
-        n, c, warps, stages = 32, 32, 8, 1
-    c = min(c, max(16, next_power_of_2(largest)))
-    return Plan(all_sides, Blocks(n, c, warps, stages), Blocks(n, c, warps, min(stages, 2)))
+        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
+    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (forward, backward)))
