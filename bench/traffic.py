@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def measure(case: Case) -> list[Traffic]:
     sizes = _sizes(case)
     small, large = (_count(case, N) for N in sizes)
     return [
-        _compare(case, direction, sizes, small[direction], large[direction], compulsory)
+        compare(case, direction, sizes, small[direction], large[direction], compulsory)
         for direction, compulsory in zip(GATES, case.compulsory_bytes(1, DTYPE.itemsize), strict=True)
     ]
 
@@ -118,10 +118,10 @@ def _count(case: Case, N: int) -> dict[str, list[Counter]]:
     return {"forward": counters[:cut], "backward": counters[cut:]}
 
 
-def _compare(
+def compare(
     case: Case, direction: str, sizes: tuple[int, int], small: list[Counter], large: list[Counter], compulsory: int
 ) -> Traffic:
-    """The traffic that grows with the rows, and what is left."""
+    """The traffic that grows with the rows, and what is left, from a counter for each launch for either size."""
     few, growth = sizes[0], sizes[1] - sizes[0]
     of_small, of_large = _bytes(small), _bytes(large)
     by_tensor = {access: (moved - of_small.get(access, 0)) / growth for access, moved in of_large.items()}
@@ -151,7 +151,7 @@ def _bytes(counters: list[Counter]) -> dict[str, int]:
     return total
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, measure: Callable[[Case], list[Traffic]] = measure) -> int:
     """Print the table; 1 where a gate fails."""
     args = _parser().parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, below

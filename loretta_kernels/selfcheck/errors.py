@@ -40,17 +40,19 @@ class Row:
         return f"{self.case}, {self.dtype}: {self.answer} is off by {self.error:.1e}, {self.bar:.1e} is allowed"
 
 
-def check(cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device) -> Iterator[Row]:
+def check(
+    cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device, draws: int = DRAWS
+) -> Iterator[Row]:
     """Every output and gradient of every case in every dtype, for N rows."""
     dtypes = tuple(dtypes)
     for case in cases:
         for dtype in dtypes:
-            yield from _check(case, dtype, N, device)
+            yield from _check(case, dtype, N, device, draws)
 
 
-def _check(case: Case, dtype: torch.dtype, N: int, device: torch.device) -> Iterator[Row]:
+def _check(case: Case, dtype: torch.dtype, N: int, device: torch.device, draws: int) -> Iterator[Row]:
     truths, plains, ours = [], [], []
-    for seed in range(DRAWS):
+    for seed in range(draws):
         arguments, dy = random_arguments(case, N, dtype, device, seed)
         truths.append(_answers(case.definition(), _to(arguments, torch.float64), dy))
         plains.append(_answers(case.definition(), _to(arguments, dtype), dy))
