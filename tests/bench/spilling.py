@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from bench import resources
+from bench.architectures import ARCHITECTURES
 from loretta_kernels._triton.launch import Launch
 
 
@@ -25,7 +26,8 @@ def _spilling_kernel(x_ptr, y_ptr, N, SIZE: tl.constexpr):
 def measure(case, arch, dtype):
     """What the kernel costs, in place of those of the class."""
     x = torch.empty(8, device="meta")
-    launch = Launch(_spilling_kernel, (1,), {"x_ptr": x, "y_ptr": x, "N": 7}, {"SIZE": 8192}, 1, 1)
+    size = 256 * ARCHITECTURES[arch].lanes  # in each of two tiles
+    launch = Launch(_spilling_kernel, (1,), {"x_ptr": x, "y_ptr": x, "N": 7}, {"SIZE": size}, 1, 1)
     return [resources.compiled(case, arch, dtype, 7, launch)]
 
 
