@@ -33,7 +33,7 @@ def _matmul(
     BLOCK_K: tl.constexpr,
 ):
     """out [M, N] = factor · a [M, K] · b [K, N], by one program."""
-    for tile in range(0, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)):
+    for tile in range(tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)):
         m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
@@ -118,7 +118,7 @@ def sum_programs(sums_ptr, grads_ptr, programs, SIZE: tl.constexpr, STRIDE: tl.c
     """This program's share of the sum of every program's `[SIZE]`, in the order of the programs."""
     e = tl.program_id(0) * TABLE_BLOCK + tl.arange(0, TABLE_BLOCK)
     sums = tl.full([TABLE_BLOCK], 0, tl.float32)
-    for program in range(0, programs):
+    for program in range(programs):
         sums += tl.load(grads_ptr + tl.to_tensor(program).to(tl.int64) * STRIDE + e, mask=e < SIZE, other=0.0)
     tl.store(sums_ptr + e, sums, mask=e < SIZE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -28,13 +29,13 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 def seed_on(device: torch.device, seed: Tensor | None) -> Tensor | None:
-    """The seed where the kernel reads it; one that is on the CPU is copied by a fill, which a CUDA graph can capture."""
+    """The seed where the kernel reads it; from the CPU it comes by a fill, which a CUDA graph can capture."""
     if seed is None or seed.device == device or device.type == "meta":
         return seed
     return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
-def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) -> tuple[Tensor, ...]:
+def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) -> tuple[Any, ...]:
     """Room for the gradients that are needed, zero where there are no rows; an empty tensor for the others."""
     x = tensors[0]
     assert x is not None

@@ -58,7 +58,8 @@ def planned(
         down = new(first.num_params), first.spec, new(first.out_features) if adapts else None
         up = new(last.num_params), last.spec, new(last.out_features) if adapts else None
         seed = new(1, dtype=torch.int64) if dropout_p else None
-        options = adapts, 1.0, activation if adapts else "identity", dropout_p
-        tt_adapter_fwd(x, *down, *up, None, None if adapts else dy, seed, *options)
-        tt_adapter_bwd(dy, x, waist, *down, *up, None, seed, *options, (True, True, adapts, True, adapts, False))
+        act = activation if adapts else "identity"
+        needs = True, True, adapts, True, adapts, False
+        tt_adapter_fwd(x, *down, *up, None, None if adapts else dy, seed, adapts, 1.0, act, dropout_p)
+        tt_adapter_bwd(dy, x, waist, *down, *up, None, seed, adapts, 1.0, act, dropout_p, needs)
     return launches

@@ -149,6 +149,16 @@ class Side:
         """Whether the features of a block all have the same heavy row."""
         return not self.is_input and self.second % block == 0
 
+    def form(self, block: int) -> str:
+        """How a block of features is made."""
+        if not self.has_light:
+            return "read from its core" if self.heavy_is_core else "one table"
+        if self.keeps_heavy(block):
+            return "heavy rows in registers, light ones read"
+        if self.shares_heavy(block):
+            return "one heavy row a block, light ones read"
+        return "heavy and light rows read" if self.A <= 16 else "heavy and light rows read, in a loop over the bond"
+
     @cached_property
     def heavy_table(self) -> int:
         """Where the heavy table `[A, features, KP]` starts."""
@@ -192,7 +202,7 @@ class Side:
 
     @cached_property
     def chain_partials(self) -> tuple[int, ...]:
-        """Where, in the scratch of the contraction, the product of the cores up to j starts; then that scratch's end."""
+        """Where the product of the cores up to j starts in the scratch of the contraction; then the end of them."""
         starts, at = [0], 0
         for j in range(1, self.count - 1):
             starts.append(at)

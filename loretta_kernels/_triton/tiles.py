@@ -101,8 +101,8 @@ def _heavy(tables_ptr, cores_ptr, a, i, ok, S: tl.constexpr):
 
 @triton.jit
 def keep_heavy(tables_ptr, cores_ptr, S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The heavy rows of a block of features, for every a, where they are the same for every block; otherwise nothing."""
-    kept = ()
+    """The heavy rows of a block of features, for every a, where every block has the same; otherwise nothing."""
+    kept: tl.tuple = ()
     if S.keeps_heavy(BLOCK_C):
         A: tl.constexpr = S.A
         i = tl.arange(0, BLOCK_C) % S.second

@@ -172,7 +172,7 @@ def _store_grads(
     DSCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of the parameters from the sums over rows, in which dR_u and db_u lack the scale; by one program."""
+    """The gradients of the parameters from the sums over rows (dR_u and db_u lack the scale); by one program."""
     if ddown_ptr is not None:
         store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
         store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _atomics_and_no_unwritten_memory(
     _one_thread_and_no_unwritten_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+) -> None:
     """Sum by atomics, the default; what would be uninitialised memory is NaN all the same."""
     torch.use_deterministic_algorithms(False)
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
@@ -26,4 +25,3 @@ def _atomics_and_no_unwritten_memory(
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: nan(new_empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: nan(empty_like(*args, **kwargs)))
-    yield

@@ -22,7 +22,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def kernel_mask(rows: int, columns: int, p: float, seed: int) -> torch.Tensor:
-    """What the kernels multiply x `[rows, columns]` by: the counter is (row, 0, column // 4, 0), the word column % 4."""
+    """What the kernels multiply x `[rows, columns]` by: word column % 4 of the counter (row, 0, column // 4, 0)."""
     counter = np.zeros((rows, -(-columns // 4), 4), np.uint64)
     counter[..., 0], counter[..., 2] = np.arange(rows)[:, None], np.arange(counter.shape[1])[None, :]
     key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
