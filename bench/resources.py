@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -88,8 +89,9 @@ class Resources:
         return failures
 
 
-def measure(case: Case, arch: str, dtype: str) -> list[Resources]:
+def measure(case: Case, arch: str, dtype: str, deterministic: bool = False) -> list[Resources]:
     """Compile every kernel of the class, and read it."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     many = would_launch(case, MANY_ROWS, DTYPES[dtype], arch)
     one = would_launch(case, ONE_ROW, DTYPES[dtype], arch)
     launches: dict[Any, Any] = {}
@@ -136,12 +138,14 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
     )
 
 
-def main(argv: Sequence[str] | None = None, measure: Callable[[Case, str, str], list[Resources]] = measure) -> int:
+def main(argv: Sequence[str] | None = None, measure: Callable[..., list[Resources]] = measure) -> int:
     """Print the table; 1 where a gate fails."""
     args = _parser().parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.resources compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    if args.deterministic:
+        measure = partial(measure, deterministic=True)
     work = [(case, arch, dtype) for arch in args.arch for dtype in args.dtype for case in chosen(args)]
     found = [row for rows in _all(measure, work, args.jobs) for row in rows]
     failures = [
@@ -165,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", type=_list_of(ARCHITECTURES), default=["sm_90"], help=f"some of {known}, with commas")
     parser.add_argument("--dtype", type=_list_of(DTYPES), default=["bf16"], help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
+    parser.add_argument("--deterministic", action="store_true", help="what torch.use_deterministic_algorithms launches")
     add_class_options(parser)
     return parser
 
