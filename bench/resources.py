@@ -116,7 +116,7 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
     try:
         kernel = triton.compile(ASTSource(**source), target=architecture.gpu_target(), options=launch.options())
     except Exception as error:  # whatever the compiler raises is a finding about this kernel
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = _cause(error)
         return Resources(*where, launch.num_warps, 0, 0, 0, 0, 0, architecture.shared_limit, 0, {}, 0.0, what)
     code = machine_code.read(kernel)
     shared = kernel.metadata.shared
@@ -136,6 +136,13 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
         {name.removesuffix("_ptr"): widths.get(name, 0) for name in of_rows},
         architecture.occupancy(code.registers, shared, launch.num_warps),
     )
+
+
+def _cause(error: BaseException) -> str:
+    """What lies behind an error, on one line: the compiler wraps one for each function that is inlined."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
 def main(argv: Sequence[str] | None = None, measure: Callable[..., list[Resources]] = measure) -> int:
