@@ -49,7 +49,7 @@ def _lines(shape: TTShape, up_shape: TTShape | None, dtype: torch.dtype, N: int,
     I, O, K = shape.in_features, (up_shape or shape).out_features, shape.waist
     tables, flops = 4 * plan.table_size, sum(2 * N * side.size * side.K for side in plan.sides)
     for kernel, blocks, compulsory, again in (
-        ("forward", plan.forward, I + O, I if up_shape else 0),
+        ("forward", plan.forward_of(N), I + O, I if up_shape else 0),
         ("backward", plan.backward, 2 * I + O, O if up_shape else 0),
     ):
         programs, parts = plan.programs(N, blocks), plan.parts(N, blocks) if kernel == "forward" else 1

@@ -30,9 +30,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one operator runs: its sides in the order of the computation, and the blocks of its two kernels."""
+    """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
+
+    `few` are those of the forward of at most a block of so many rows, as in decoding.
+    """
 
     sides: tuple[Side, ...]
+    few: Blocks
     forward: Blocks
     backward: Blocks
 
@@ -65,6 +69,10 @@ class Plan:
     def grad_size(self) -> int:
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
+
+    def forward_of(self, N: int) -> Blocks:
+        """The blocks of the forward of N rows."""
+        return self.few if N <= self.few.n else self.forward
 
     def programs(self, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> int:
         """How many programs share the rows."""
@@ -104,4 +112,6 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward, backward = Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
-    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (forward, backward)))
+    wide = KP == 16 and itemsize == 2 and not arch.startswith("gfx")
+    few = replace(forward, n=16, c=256, stages=2) if wide else replace(forward, n=16)
+    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (few, forward, backward)))

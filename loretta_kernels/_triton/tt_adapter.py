@@ -419,7 +419,7 @@ def tt_adapter_fwd(
     LD, RD, LU, RU = plan.sides
     rows = rows_of(x, LD.size)
     rows_of_base = rows if residual_is_x else None if residual is None else rows_of(residual, RU.size)
-    N, blocks = len(rows), plan.forward
+    N, blocks = len(rows), plan.forward_of(len(rows))
     y = x.new_empty(*x.shape[:-1], RU.size, dtype=y_dtype)
     waist = x.new_empty(N, LD.K, dtype=torch.float32)
     if N == 0:

@@ -197,8 +197,8 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
     """y and the waist."""
     plan = linear_plan(TTShape.from_spec(tuple(spec)), x.dtype.itemsize, architecture(x.device))
     L, R = plan.sides
-    rows, blocks = rows_of(x, L.size), plan.forward
-    N = len(rows)
+    rows = rows_of(x, L.size)
+    N, blocks = len(rows), plan.forward_of(len(rows))
     y = x.new_empty(*x.shape[:-1], R.size)
     waist = x.new_empty(N, L.K, dtype=torch.float32)
     if N == 0:
