@@ -19,6 +19,7 @@ from loretta_kernels._autocast import off
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
 _CANNOT = 'backend "triton" was asked for, but cannot serve: {}'
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class _Choice(threading.local):
@@ -82,19 +83,13 @@ def _implementation(name: str) -> ModuleType:
 
 def _why_not_triton(device: torch.device) -> str | None:
     """Why Triton cannot serve a call on this device, or None when it can."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
         return None
     if device.type == "cpu" and _choice.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the tensors are on {device}, not on a GPU"
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether triton is installed."""
-    return find_spec("triton") is not None
 
 
 def _checked(name: str, source: str) -> str:
