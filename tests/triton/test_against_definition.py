@@ -5,30 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loretta_kernels import ACTIVATIONS, TTShape, backend, reference, tt_adapter, tt_linear, tt_lora
+from loretta_kernels import ACTIVATIONS, TTShape, reference, tt_adapter, tt_linear, tt_lora
 from tests.kernels.problems import (
     TINY_DOWN,
     TINY_UP,
-    Problem,
     adapter_problem,
-    assert_as_good_as_plain,
     linear_problem,
     lora_problem,
-    solve,
 )
+
+from .judge import check
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def check(function, definition, problem: Problem) -> dict[str, torch.Tensor]:
-    """The kernels' answers, after they are found to be as good as plain PyTorch's."""
-    with backend("triton"):
-        ours = solve(function, problem)
-    plain, truth = solve(definition, problem), solve(definition, problem.to(torch.float64))
-    assert_as_good_as_plain(ours, plain, truth)
-    return ours
 
 
 def square(size: int, bottleneck: int, rank: int) -> tuple[TTShape, TTShape]:

@@ -15,10 +15,11 @@ from tests.kernels.problems import (
     TINY_UP,
     adapter_problem,
     assert_equal,
-    error,
     linear_problem,
     solve,
 )
+
+from .judge import check
 
 pytest.importorskip("triton")
 
@@ -30,18 +31,6 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 modes = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 ranks = st.lists(st.integers(1, 6), min_size=7, max_size=7)
 rows = st.one_of(st.integers(2, 20), st.sampled_from([67, 131]))
-
-
-def check(function, definition, problem):
-    """At most twice plain PyTorch's error, and a little more where an answer is too small to average the luck over."""
-    with backend("triton"):
-        ours = solve(function, problem)
-    plain, truth = solve(definition, problem), solve(definition, problem.to(torch.float64))
-    assert ours.keys() == truth.keys()
-    for name, answer in ours.items():
-        rounding = torch.finfo(answer.dtype).eps + 2 * torch.finfo(torch.float32).eps
-        allowed = max(2 * error(plain[name], truth[name]), rounding) * (1 + 8 / max(1, answer.numel()) ** 0.5)
-        assert error(answer, truth[name]) <= allowed, f"{name}: {error(answer, truth[name]):.2e} > {allowed:.2e}"
 
 
 @given(modes, modes, ranks, rows, dtypes, st.booleans())
