@@ -111,9 +111,9 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     elif KP > 16:
         forward = backward = Blocks(64, 64, 8, 1)
     elif arch.startswith("sm_8") and A > 5:
-        forward, backward = Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)
+        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
     wide = KP == 16 and itemsize == 2 and not arch.startswith("gfx")
-    few = replace(forward, n=16, c=256, stages=2) if wide else replace(forward, n=16)
+    few = replace(forward, n=16, c=128, stages=2) if wide else replace(forward, n=16)
     return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (few, forward, backward)))
