@@ -110,6 +110,8 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
     elif KP > 16:
         forward = backward = Blocks(64, 64, 8, 1)
+    elif arch.startswith("sm_8") and len(all_sides) == 2:
+        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     else:
