@@ -18,7 +18,8 @@ from loretta_kernels._autocast import off
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
-_HAS_TRITON_KERNELS = find_spec("loretta_kernels._triton") is not None
+_CANNOT = 'backend "triton" was asked for, but cannot serve: {}'
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class _Choice(threading.local):
@@ -59,13 +60,17 @@ def choose(device: torch.device) -> str:
         return name
     reason = _why_not_triton(device)
     if name == "triton" and reason:
-        raise RuntimeError(f'backend "triton" was asked for, but cannot serve: {reason}')
+        raise RuntimeError(_CANNOT.format(reason))
     return "torch" if reason else "triton"
 
 
 def run(operator: str, *args: Any) -> Any:
     """Run an operator by the backend named in its last argument, with autocast off inside."""
     *operands, name = args
+    if name == "triton" and any(isinstance(t, torch.Tensor) and t.dtype is torch.float64 for t in operands):
+        if _choice.name == "triton":
+            raise RuntimeError(_CANNOT.format("the kernels compute in fp32, and there are fp64 tensors"))
+        name = "torch"
     with off(operands[0].device):
         return getattr(_implementation(name), operator)(*operands)
 
@@ -78,9 +83,13 @@ def _implementation(name: str) -> ModuleType:
 
 def _why_not_triton(device: torch.device) -> str | None:
     """Why Triton cannot serve a call on this device, or None when it can."""
-    if not _HAS_TRITON_KERNELS:
-        return "this version of loretta_kernels has no Triton kernels"
-    return None if device.type == "cuda" else f"the tensors are on {device}, not on a GPU"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and _choice.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {device}, not on a GPU"
 
 
 def _checked(name: str, source: str) -> str:

@@ -1,0 +1,44 @@
+"""The first-rate shape classes, for which every gate of the kernels holds."""
+
+from __future__ import annotations
+
+import argparse
+
+from loretta_kernels.selfcheck import Case, adapter_case, linear_case, lora_case
+
+FIRST_RATE = (
+    adapter_case(768, 64, 5),
+    adapter_case(1024, 64, 5),
+    adapter_case(2048, 64, 5),
+    adapter_case(3072, 64, 5),
+    adapter_case(3584, 64, 5),
+    adapter_case(4096, 64, 2),
+    adapter_case(4096, 64, 5),
+    adapter_case(4096, 64, 8),
+    adapter_case(4096, 64, 16),
+    adapter_case(5120, 64, 8),
+    adapter_case(8192, 64, 5),
+    adapter_case(4096, 128, 5),
+    adapter_case(4096, 8, 5),
+    lora_case(4096, 4096, 8, 5),
+    lora_case(4096, 4096, 16, 8),
+    lora_case(4096, 1024, 8, 5),
+    lora_case(4096, 14336, 8, 5),
+    lora_case(768, 2304, 8, 5),
+    linear_case(768, 5),
+    linear_case(1024, 5),
+)
+QUICK = ("adp 4096x64x5", "rep 768→2304 8 5", "cls 768 5")
+
+
+def add_class_options(parser: argparse.ArgumentParser) -> None:
+    """--quick, --classes, --json."""
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", choices=[case.name for case in FIRST_RATE])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def chosen(args: argparse.Namespace) -> tuple[Case, ...]:
+    """The classes that the options name."""
+    names = args.classes or (QUICK if args.quick else [case.name for case in FIRST_RATE])
+    return tuple(case for case in FIRST_RATE if case.name in names)

@@ -1,0 +1,70 @@
+"""`loretta check`: whether every operator computes what it should on this machine, and on a GPU how fast."""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import loretta_kernels
+from loretta_kernels.selfcheck import (
+    DTYPES,
+    adapter_case,
+    check,
+    linear_case,
+    lora_case,
+    report,
+    time_against_copy,
+)
+
+FEW_ROWS, MANY_ROWS = 37, 8192
+CASES = (
+    *(adapter_case(768, 64, 5, activation) for activation in loretta_kernels.ACTIVATIONS),
+    adapter_case(4096, 64, 5),
+    lora_case(768, 2304, 8, 5),
+    lora_case(4096, 4096, 8, 5),
+    linear_case(768, 5),
+)
+TIMED = ("adp 4096x64x5", "rep 4096→4096 8 5")
+EPILOG = """\
+Every output and gradient is compared with its definition in fp64; its error may be twice that of plain PyTorch in the
+same dtype. Exit code 1 when one is above. On a GPU, forward and backward are timed against a copy of the same bytes.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "check",
+        help="check the kernels on this machine",
+        description="Check every operator on the GPU, or on the CPU where there is none.",
+        usage="loretta check [option ...]",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--cpu", action="store_true", help="check the CPU, also where there is a GPU")
+    parser.add_argument("--all", action="store_true", help="print every output and gradient, not the worst of each")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, time, print; exit with 1 where something is wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    rows = list(check(CASES, DTYPES, FEW_ROWS, device))
+    timings = []
+    if device.type == "cuda":
+        cases = [case for case in CASES if case.name in TIMED]
+        timings = [timing for case in cases for timing in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
+    missed = any(row.missed for row in rows)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    if args.json:
+        result = {"device": where, "torch": torch.__version__, "passed": not missed}
+        result |= {"rows": [asdict(row) for row in rows], "timings": [asdict(timing) for timing in timings]}
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(f"{where}, torch {torch.__version__}\n\n{report(rows, timings, args.all)}")
+    if missed:
+        sys.exit(1)

@@ -1,0 +1,101 @@
+"""What every kernel needs: products and casts that are right in the interpreter too, activations, dropout, sums."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b in fp32; the interpreter would multiply the bits of bf16."""
+    if INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in another dtype, rounded to nearest; the interpreter would truncate to bf16."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def tanh(x):
+    """2 · sigmoid(2x) - 1, and below 1, where that cancels, five terms of Lambert's continued fraction."""
+    x2 = x * x
+    small = x * (945 + x2 * (105 + x2)) / (945 + x2 * (420 + x2 * 15))
+    return tl.where(tl.abs(x) < 1, small, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def act(h, ACTIVATION: tl.constexpr):
+    """a = act(h)."""
+    if ACTIVATION == "relu":
+        return tl.maximum(h, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * h * (1 + tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)))
+    elif ACTIVATION == "silu":
+        return h * tl.sigmoid(h)
+    elif ACTIVATION == "tanh":
+        return tanh(h)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return h
+
+
+@triton.jit
+def dact(h, ACTIVATION: tl.constexpr):
+    """act'(h)."""
+    if ACTIVATION == "relu":
+        return tl.where(h > 0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
+        return cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif ACTIVATION == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
+        return 0.5 * (1 + t) + 0.5 * h * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * h * h)
+    elif ACTIVATION == "silu":
+        g = tl.sigmoid(h)
+        return g * (1 + h * (1 - g))
+    elif ACTIVATION == "tanh":
+        t = tanh(h)
+        return 1 - t * t
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return tl.full(h.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def dropout_factor(seed, rows, c0, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p).
+
+    Philox4x32-10 with the key `seed` and the counter (row, its upper half, column // 4, 0) gives four columns at once.
+    """
+    quad = (c0 // 4 + tl.arange(0, BLOCK_C // 4))[None, :] + tl.full([BLOCK_N, 1], 0, tl.int32)
+    row = rows[:, None] + tl.full([1, BLOCK_C // 4], 0, tl.int64)
+    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
+    quad = quad.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, low, high, quad, quad * 0)
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_N, BLOCK_C)
+    DROPPED: tl.constexpr = int(P * 2147483648)
+    return tl.where((bits >> 1).to(tl.int32) >= DROPPED, 1 / (1 - P), 0.0)
+
+
+@triton.jit
+def add_to(ptrs, value, mask, ATOMIC: tl.constexpr):
+    """Add to fp32 sums: those of all programs by atomics, or those of this program alone."""
+    if ATOMIC:
+        tl.atomic_add(ptrs, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(ptrs, tl.load(ptrs, mask=mask) + value, mask=mask)

@@ -1,0 +1,87 @@
+"""One launch of one kernel as a record, and the one function that executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, its arguments by name, its constants by name, and the compiler's options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def source(self) -> dict[str, Any]:
+        """What `triton.compiler.ASTSource` takes to compile exactly what would be launched, tensors of meta included.
+
+            triton.compile(ASTSource(**launch.source()), target=GPUTarget("cuda", 90, 32), options=launch.options())
+
+        It must run in a process without TRITON_INTERPRET. Pointers count as 16-byte aligned, as torch allocates them.
+        """
+        signature: dict[str, str] = {}
+        constexprs: dict[tuple[int, ...], Any] = {}
+        attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = self.args.get(name, self.constants.get(name))
+            if isinstance(value, Tensor):
+                signature[name], attrs[index,] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif name in self.constants or value is None or (value == 1 and not isinstance(value, float)):
+                signature[name], constexprs[index,] = "constexpr", value
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i64" if value >= 2**31 else "i32"
+                if value % 16 == 0 and name not in DO_NOT_SPECIALIZE:
+                    attrs[index,] = [["tt.divisibility", 16]]
+        return {"fn": self.kernel, "signature": signature, "constexprs": constexprs, "attrs": attrs}
+
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+DO_NOT_SPECIALIZE = ("N",)
+
+
+def execute(launch: Launch) -> None:
+    """Run it: every launch of the library passes here."""
+    launch.kernel[launch.grid](
+        **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+
+
+@contextmanager
+def recorded(run: bool = False) -> Iterator[list[Launch]]:
+    """Collect the launches made inside; unless `run`, nothing is executed, so that tensors of meta will do."""
+    global execute
+    launches: list[Launch] = []
+    previous = execute
+
+    def collect(launch: Launch) -> None:
+        launches.append(launch)
+        if run:
+            previous(launch)
+
+    execute = collect
+    try:
+        yield launches
+    finally:
+        execute = previous

@@ -1,0 +1,87 @@
+"""What the launchers make of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from loretta_kernels._triton.plan import Blocks
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DEFAULT_ARCHITECTURE = "sm_90"
+
+
+def rows_of(x: Tensor, features: int) -> Tensor:
+    """x as `[N, features]` whose features lie side by side: a view where it can be one."""
+    rows = x.reshape(-1, features)
+    return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+
+
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """The vector with its elements side by side."""
+    return None if vector is None else vector.contiguous()
+
+
+def seed_on(device: torch.device, seed: Tensor | None) -> Tensor | None:
+    """The seed where the kernel reads it; from the CPU it comes by a fill, which a CUDA graph can capture."""
+    if seed is None or seed.device == device or device.type == "meta":
+        return seed
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
+
+
+def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) -> tuple[Any, ...]:
+    """Room for the gradients that are needed, zero where there are no rows; an empty tensor for the others."""
+    x = tensors[0]
+    assert x is not None
+    new = torch.empty_like if N else torch.zeros_like
+    return tuple(
+        new(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def needed(grads: dict[str, Tensor], needs: Sequence[bool]) -> dict[str, Tensor | None]:
+    """None in place of the empty tensors."""
+    return {name: grad if need else None for (name, grad), need in zip(grads.items(), needs, strict=True)}
+
+
+def block_constants(blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
+    """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
+    dtype = x_dtype if x_dtype is y_dtype else torch.float32
+    exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        "BLOCK_N": blocks.n,
+        "BLOCK_C": blocks.c,
+        "DTYPE": _DTYPES[dtype],
+        "PRECISION": "tf32x3" if exact else "tf32",
+    }
+
+
+@contextmanager
+def planning_for(arch: str) -> Iterator[None]:
+    """Plan the calls made inside with tensors that are on no GPU for this architecture: sm_90, gfx942, ..."""
+    global DEFAULT_ARCHITECTURE
+    previous, DEFAULT_ARCHITECTURE = DEFAULT_ARCHITECTURE, arch
+    try:
+        yield
+    finally:
+        DEFAULT_ARCHITECTURE = previous
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture that a plan is for: the device's, where there is a GPU."""
+    return _architecture(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
+
+
+@cache
+def _architecture(index: int | None) -> str:
+    """The name of a GPU's architecture."""
+    properties = torch.cuda.get_device_properties(index)
+    name = getattr(properties, "gcnArchName", "").split(":")[0]
+    return name if torch.version.hip else f"sm_{properties.major}{properties.minor}"

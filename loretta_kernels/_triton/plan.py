@@ -1,0 +1,121 @@
+"""What the kernels are launched with: plain Python, no torch.
+
+A program takes BLOCK_N rows, makes the tables of every side, and walks over the features BLOCK_C at a time. With few
+rows, `parts` programs share the output features of a block, so that one token does not run on one multiprocessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+from loretta_kernels._triton.side import Side, next_power_of_2, round_up, sides
+from loretta_kernels.shape import TTShape
+
+MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the tables made once
+MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
+FEW_ROWS = 64
+MAX_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block sizes and compiler options of one kernel."""
+
+    n: int
+    c: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
+
+    `few` are those of the forward of at most a block of so many rows, as in decoding.
+    """
+
+    sides: tuple[Side, ...]
+    few: Blocks
+    forward: Blocks
+    backward: Blocks
+
+    @cached_property
+    def block_b(self) -> int:
+        """Features of the bottleneck taken at a time."""
+        return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
+
+    @cached_property
+    def table_size(self) -> int:
+        """fp32 elements of a program's tables."""
+        return max(32, self.sides[-1].table_end)
+
+    @cached_property
+    def scratch_size(self) -> int:
+        """fp32 elements that the contraction of the core gradients needs, one side at a time."""
+        return max(side.chain_grads[-1] for side in self.sides)
+
+    @cached_property
+    def dscale(self) -> int:
+        """Where the gradient of the scale is summed."""
+        return self.sides[-1].grad_end
+
+    @cached_property
+    def arrived(self) -> int:
+        """Where the programs that are done are counted."""
+        return self.dscale + 1
+
+    @cached_property
+    def grad_size(self) -> int:
+        """fp32 elements of the sums over rows."""
+        return round_up(self.arrived + 1, 32)
+
+    def forward_of(self, N: int) -> Blocks:
+        """The blocks of the forward of N rows."""
+        return self.few if N <= self.few.n else self.forward
+
+    def programs(self, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> int:
+        """How many programs share the rows."""
+        return max(1, min(-(-N // blocks.n), most))
+
+    def parts(self, N: int, blocks: Blocks) -> int:
+        """How many programs share the output features of a block of rows."""
+        return min(-(-self.sides[-1].size // blocks.c), MAX_PARTS) if N <= FEW_ROWS else 1
+
+
+@cache
+def adapter_plan(down: TTShape, up: TTShape, itemsize: int, arch: str) -> Plan:
+    """The plan of tt_adapter and tt_lora."""
+    first = sides(down)
+    return _plan((*first, *sides(up, first[-1].table_end, first[-1].grad_end)), itemsize, arch)
+
+
+@cache
+def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
+    """The plan of tt_linear."""
+    return _plan(sides(shape), itemsize, arch)
+
+
+def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
+    """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
+    KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
+    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
+    if KP > 32:
+        forward = backward = Blocks(32, 32, 8, 1)
+    elif itemsize > 2:
+        forward = Blocks(64 if KP == 16 else 32, 32, 8, 1)
+        # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
+        backward = Blocks(32 if KP > 16 or arch == "sm_100" else 64, 16, 8, 1)
+    elif arch.startswith("gfx"):
+        forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
+    elif KP > 16:
+        forward = backward = Blocks(64, 64, 8, 1)
+    elif arch.startswith("sm_8") and len(all_sides) == 2:
+        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
+    elif arch.startswith("sm_8") and A > 5:
+        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
+    else:
+        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
+    wide = KP == 16 and itemsize == 2 and not arch.startswith("gfx")
+    few = replace(forward, n=16, c=128, stages=2) if wide else replace(forward, n=16)
+    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (few, forward, backward)))

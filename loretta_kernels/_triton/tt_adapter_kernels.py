@@ -1,0 +1,345 @@
+"""y = residual + scale · (act(drop(x) · L_d · R_d + b_d) · L_u · R_u + b_u): one launch forward, one backward.
+
+s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y = residual + scale · (z · R_u + b_u)
+
+dz = scale · dy · R_uᵀ      dR_u = scale · zᵀ · dy      db_u = scale · sum(dy)
+da = dz · L_uᵀ              dL_u = aᵀ · dz
+dh = da · act'(h)           dR_d = sᵀ · dh              db_d = sum(dh)
+ds = dh · R_dᵀ              dL_d = drop(x)ᵀ · ds
+dx = [residual is x] · dy + drop'(ds · L_dᵀ)            dscale = <zᵀ · dy, R_u> + <sum(dy), b_u>
+
+Forward reads x twice where it is the residual (the second time from L2) and writes y and the waist s [N, K]. Backward
+reads dy, then x and dy, writes dx, and adds the gradients of the sides, [I, K] and [K + 1, O], to a zeroed buffer; the
+program that arrives last contracts them to those of the cores.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropout_factor
+from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
+from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
+from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
+
+
+@triton.jit
+def _hidden(
+    s, tables_ptr, down_ptr, down_bias_ptr, b0, RD: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr
+):
+    """h = s · R_d + b_d for the bottleneck features from b0, and their tile of R_d."""
+    b = b0 + tl.arange(0, BLOCK_B)
+    tile = load_tile(tables_ptr, down_ptr, (), b0, RD, BLOCK_B)
+    h = dot(s, tl.trans(tile), tl.full([s.shape[0], BLOCK_B], 0, tl.float32), PRECISION)
+    if down_bias_ptr is not None:
+        h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
+    return h, tile
+
+
+@triton.jit
+def _up_waist(
+    s,
+    tables_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z = act(s · R_d + b_d) · L_u."""
+    z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
+    for b0 in range(0, RD.size, BLOCK_B):
+        h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
+    return z
+
+
+@triton.jit(do_not_specialize=["N"])
+def _tt_adapter_fwd_kernel(
+    # pointers
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    waist_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    seed_ptr,
+    tables_ptr,
+    # sizes and strides
+    N,
+    stride_xn,
+    stride_rn,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    # blocks and flags
+    ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of y, and of the waist, block by block."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
+    store_tables(tables_ptr, down_ptr, LD)
+    store_tables(tables_ptr, down_ptr, RD)
+    store_tables(tables_ptr, up_ptr, LU)
+    store_tables(tables_ptr, up_ptr, RU)
+    tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
+    if learnt_scale_ptr is not None:
+        scale *= tl.load(learnt_scale_ptr).to(tl.float32)
+
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
+        rows = block_rows(block, BLOCK_N)
+        s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
+        for c0 in range(0, LD.size, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
+            if DROPOUT_P > 0:
+                x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+            tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
+            s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
+        if part == 0:
+            store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
+
+        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
+        z = cast(z * scale, DTYPE)
+        for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            if residual_ptr is not None:
+                base = load_rows(residual_ptr, rows, stride_rn, c, N, RU.size)
+            tile = load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C)
+            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
+            if up_bias_ptr is not None:
+                y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
+            if residual_ptr is not None:
+                y += base.to(tl.float32)
+            store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
+
+
+@triton.jit
+def _store_grads(
+    down_ptr,
+    up_ptr,
+    up_bias_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    grads_ptr,
+    scratch_ptr,
+    scale,
+    total,
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    DSCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums over rows (dR_u and db_u lack the scale); by one program."""
+    if ddown_ptr is not None:
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
+    if ddown_bias_ptr is not None:
+        copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
+    if dup_ptr is not None:
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
+    if dup_bias_ptr is not None:
+        copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
+    if dscale_ptr is not None:
+        dscale = tl.load(grads_ptr + DSCALE)
+        if up_bias_ptr is not None:
+            dscale += inner_product(grads_ptr + RU.grad + RU.K * RU.size, up_bias_ptr, RU.size)
+        tl.store(dscale_ptr, cast(scale * dscale, dscale_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _tt_adapter_bwd_kernel(
+    # pointers
+    dy_ptr,
+    x_ptr,
+    waist_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    seed_ptr,
+    dx_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    tables_ptr,
+    grads_ptr,
+    scratch_ptr,
+    # sizes and strides
+    N,
+    stride_dyn,
+    stride_xn,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
+    DSCALE: tl.constexpr,
+    ARRIVED: tl.constexpr,
+    # blocks and flags
+    ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    RESIDUAL_IS_X: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    if not ATOMIC:
+        grads_ptr += program.to(tl.int64) * GRAD_SIZE
+    store_tables(tables_ptr, down_ptr, LD)
+    store_tables(tables_ptr, down_ptr, RD)
+    store_tables(tables_ptr, up_ptr, LU)
+    store_tables(tables_ptr, up_ptr, RU)
+    tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
+    if learnt_scale_ptr is not None:
+        learnt_scale = tl.load(learnt_scale_ptr).to(tl.float32)
+        total = scale * learnt_scale
+    else:
+        total = scale
+
+    SUMS_RD: tl.constexpr = ddown_ptr is not None or ddown_bias_ptr is not None
+    SUMS_RU: tl.constexpr = dup_ptr is not None or dup_bias_ptr is not None or dscale_ptr is not None
+
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
+        rows = block_rows(block, BLOCK_N)
+        s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
+        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
+
+        dz = tl.full([BLOCK_N, RU.KP], 0, tl.float32)
+        z_ones = cast(ones_beside(z, RU.K), DTYPE)
+        for c0 in range(0, RU.size, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size), DTYPE)
+            dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C), DTYPE), dz, PRECISION)
+            if SUMS_RU:
+                dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
+                add_grad(grads_ptr, c, dtile, RU, ATOMIC)
+        if dscale_ptr is not None:
+            add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
+        dz *= total
+
+        ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
+        s_ones = ones_beside(s, RD.K)
+        for b0 in range(0, RD.size, BLOCK_B):
+            b = b0 + tl.arange(0, BLOCK_B)
+            h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+            up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
+            da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
+            dh = da * dact(h, ACTIVATION)
+            ds = dot(dh, down_tile, ds, PRECISION)
+            if dup_ptr is not None:
+                a = act(h, ACTIVATION)
+                dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
+                add_grad(grads_ptr, b, dtile, LU, ATOMIC)
+            if SUMS_RD:
+                dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
+                add_grad(grads_ptr, b, dtile, RD, ATOMIC)
+
+        ds = cast(ds, DTYPE)
+        if dx_ptr is not None or ddown_ptr is not None:
+            for c0 in range(0, LD.size, BLOCK_C):
+                c = c0 + tl.arange(0, BLOCK_C)
+                if RESIDUAL_IS_X and dx_ptr is not None:
+                    base = load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size)
+                if DROPOUT_P > 0:
+                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+                if ddown_ptr is not None:
+                    x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
+                    if DROPOUT_P > 0:
+                        x = x.to(tl.float32) * factor
+                    x = cast(x, DTYPE)
+                    dtile = dot(tl.trans(x), ds, tl.full([BLOCK_C, LD.KP], 0, tl.float32), PRECISION)
+                    add_grad(grads_ptr, c, dtile, LD, ATOMIC)
+                if dx_ptr is not None:
+                    tile = cast(load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C), DTYPE)
+                    dx = dot(ds, tl.trans(tile), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
+                    if DROPOUT_P > 0:
+                        dx *= factor
+                    if RESIDUAL_IS_X:
+                        dx += base.to(tl.float32)
+                    store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
+
+    if ATOMIC:
+        if is_last(grads_ptr + ARRIVED, programs):
+            _store_grads(
+                down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, grads_ptr,
+                scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _tt_adapter_sum_kernel(
+    # pointers
+    down_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    ddown_ptr,
+    ddown_bias_ptr,
+    dup_ptr,
+    dup_bias_ptr,
+    dscale_ptr,
+    grads_ptr,
+    sums_ptr,
+    scratch_ptr,
+    # sizes
+    programs,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    GRAD_SIZE: tl.constexpr,
+    DSCALE: tl.constexpr,
+    ARRIVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the parameters from the sums of every program, added in the order of the programs."""
+    sum_programs(sums_ptr, grads_ptr, programs, ARRIVED, GRAD_SIZE)
+    if is_last(sums_ptr + ARRIVED, tl.num_programs(0)):
+        total = scale
+        if learnt_scale_ptr is not None:
+            total *= tl.load(learnt_scale_ptr).to(tl.float32)
+        _store_grads(
+            down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, sums_ptr,
+            scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION,
+        )  # fmt: skip

@@ -1,0 +1,34 @@
+"""explain: what will run, in words and numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loretta_kernels import TTShape, explain
+
+DOWN, UP = TTShape.for_matrix(4096, 64, 5), TTShape.for_matrix(64, 4096, 5)
+
+
+def test_names_the_factors_the_launches_and_the_compulsory_bytes(capsys):
+    explain(DOWN, UP)
+    text = capsys.readouterr().out
+    assert "L_down [4096 x 5] = light 256 x 5 · heavy 5 x 16 x 5" in text
+    assert "forward: 128 programs of 8 warps, 64 rows" in text
+    assert "compulsory 134 MB" in text
+    assert "compulsory 201 MB" in text
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("rank", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 768, 4096, 4099, 53248])
+def test_every_shape_has_a_plan(size, dtype, rank, arch, capsys):
+    explain(TTShape.for_matrix(size, 8, rank), TTShape.for_matrix(8, size, rank), dtype=dtype, rows=1, arch=arch)
+    explain(TTShape.for_matrix(size, size, rank), dtype=dtype, arch=arch)
+    assert capsys.readouterr().out.count("backward") == 2
+
+
+def test_rejects_trains_that_do_not_meet():
+    with pytest.raises(ValueError, match="the first train gives 64 features, the second takes 4096"):
+        explain(DOWN, DOWN)
