@@ -18,7 +18,7 @@ import torch
 
 from bench.classes import add_class_options, chosen
 from loretta_kernels import backend
-from loretta_kernels.selfcheck import DTYPES, check, report, time_against_copy
+from loretta_kernels.selfcheck import DRAWS, DTYPES, check, report, time_against_copy
 
 FEW_ROWS, MANY_ROWS = 37, 8192
 INTERPRETED_ROWS = 67  # a row takes long: one draw, and more than the few for which many programs share a block
@@ -40,14 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, by the first call
     cases = chosen(args)
-    if args.interpret:
-        with backend("triton"):
-            rows = list(check(cases, DTYPES, INTERPRETED_ROWS, device, draws=1))
-    else:
-        rows = list(check(cases, DTYPES, FEW_ROWS, device))
+    N, draws = (INTERPRETED_ROWS, 1) if args.interpret else (FEW_ROWS, DRAWS)
     timings = []
-    if on_gpu:
-        timings = [timing for case in cases for timing in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
+    with backend("triton" if on_gpu or args.interpret else "torch"):
+        rows = list(check(cases, DTYPES, N, device, draws))
+        if on_gpu:
+            timings = [line for case in cases for line in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
     failures = [row.text for row in rows if row.missed]
     failures += [timing.text for timing in timings if timing.case == TIMED and timing.ratio > TIME_BAR]
     if args.json:

@@ -40,8 +40,8 @@ def backend(name: str) -> Iterator[None]:
     for a whole training run, set `LORETTA_BACKEND`.
 
     Args:
-        name: "auto" (by the tensor's device), "torch" or "triton". A forced backend that cannot serve a call makes it
-            raise `RuntimeError` with the reason; there is no silent fallback.
+        name: "auto", "torch" or "triton". Auto is PyTorch as long as no GPU has run the Triton kernels. A forced backend
+            that cannot serve a call makes it raise `RuntimeError` with the reason; there is no silent fallback.
 
     Raises:
         ValueError: another name.
@@ -55,22 +55,18 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(device: torch.device) -> str:
     """The backend, "torch" or "triton", that serves a call on this device."""
-    name = _checked(_choice.name, ENVIRONMENT_VARIABLE)
-    if name == "torch":
-        return name
-    reason = _why_not_triton(device)
-    if name == "triton" and reason:
+    if _checked(_choice.name, ENVIRONMENT_VARIABLE) != "triton":
+        return "torch"  # "auto" too: the kernels serve on request only, until a GPU has run them
+    if reason := _why_not_triton(device):
         raise RuntimeError(_CANNOT.format(reason))
-    return "torch" if reason else "triton"
+    return "triton"
 
 
 def run(operator: str, *args: Any) -> Any:
     """Run an operator by the backend named in its last argument, with autocast off inside."""
     *operands, name = args
     if name == "triton" and any(isinstance(t, torch.Tensor) and t.dtype is torch.float64 for t in operands):
-        if _choice.name == "triton":
-            raise RuntimeError(_CANNOT.format("the kernels compute in fp32, and there are fp64 tensors"))
-        name = "torch"
+        raise RuntimeError(_CANNOT.format("the kernels compute in fp32, and there are fp64 tensors"))
     with off(operands[0].device):
         return getattr(_implementation(name), operator)(*operands)
 
@@ -87,7 +83,7 @@ def _why_not_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cuda":
         return None
-    if device.type == "cpu" and _choice.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the tensors are on {device}, not on a GPU"
 

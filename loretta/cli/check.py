@@ -53,11 +53,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check, time, print; exit with 1 where something is wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    rows = list(check(CASES, DTYPES, FEW_ROWS, device))
     timings = []
-    if device.type == "cuda":
-        cases = [case for case in CASES if case.name in TIMED]
-        timings = [timing for case in cases for timing in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
+    with loretta_kernels.backend("triton" if device.type == "cuda" else "torch"):
+        rows = list(check(CASES, DTYPES, FEW_ROWS, device))
+        if device.type == "cuda":
+            cases = [case for case in CASES if case.name in TIMED]
+            timings = [line for case in cases for line in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
     missed = any(row.missed for row in rows)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     if args.json:

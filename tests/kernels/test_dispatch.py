@@ -77,9 +77,9 @@ def test_the_operator_runs_in_the_backend_it_is_told(monkeypatch):
     monkeypatch.setattr(_dispatch, "_implementation", lambda name: asked.append(name) or _torch)
     monkeypatch.setattr(_dispatch, "_why_not_triton", lambda device: None)
     solve(tt_linear, LINEAR)
-    with backend("torch"):
+    with backend("triton"):
         solve(tt_linear, LINEAR)
-    assert asked == ["triton", "triton", "torch", "torch"]
+    assert asked == ["torch", "torch", "triton", "triton"]
 
 
 def test_a_compiled_function_obeys_a_backend_chosen_after_it_was_compiled():
