@@ -40,8 +40,8 @@ def backend(name: str) -> Iterator[None]:
     for a whole training run, set `LORETTA_BACKEND`.
 
     Args:
-        name: "auto", "torch" or "triton". Auto is PyTorch as long as no GPU has run the Triton kernels. A forced backend
-            that cannot serve a call makes it raise `RuntimeError` with the reason; there is no silent fallback.
+        name: "auto", "torch" or "triton". Auto is PyTorch as long as no GPU has run the Triton kernels. A forced
+            backend that cannot serve a call makes it raise `RuntimeError` with the reason; it never falls back.
 
     Raises:
         ValueError: another name.
