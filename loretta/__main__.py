@@ -17,14 +17,19 @@ Each command has its own help: loretta finetune --help
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 where it worked, 2 with one line on stderr where something given cannot be used."""
+def make_parser() -> options.Parser:
+    """The parser of all commands."""
     parser = options.Parser(prog="loretta", description=DESCRIPTION, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=options.Parser)
     for command in COMMANDS:
         command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 where it worked, 2 with one line on stderr where something given cannot be used."""
     try:
-        args = parser.parse_args(argv)
+        args = make_parser().parse_args(argv)
     except SystemExit as stop:  # argparse's way to end after --help or an error
         return int(stop.code or 0)
     options.prepare(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import loretta
+from loretta.__main__ import make_parser
 from loretta.targets import FAMILIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -28,6 +30,14 @@ def test_python_blocks_run_and_print_what_they_say(block: int, monkeypatch, caps
     exec(source, {name: getattr(loretta, name) for name in loretta.__all__})
     for promised in re.findall(r"#\s+(trainable params: .*)", source):
         assert promised in capsys.readouterr().out
+
+
+COMMANDS = re.findall(r"^loretta .*$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_knows_every_command(command: str) -> None:
+    make_parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_the_families_named_are_those_of_the_table() -> None:
