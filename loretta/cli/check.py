@@ -32,6 +32,10 @@ TIMED = ("adp 4096x64x5", "rep 4096→4096 8 5")
 EPILOG = """\
 Every output and gradient is compared with its definition in fp64; its error may be twice that of plain PyTorch in the
 same dtype. Exit code 1 when one is above. On a GPU, forward and backward are timed against a copy of the same bytes.
+
+examples:
+  loretta check
+  loretta check --cpu --all
 """
 
 
