@@ -43,7 +43,7 @@ def test_tt_linear_for_any_train(i, o, r, n, dtype, bias):
 
 @pytest.mark.skipif(
     "LORETTA_TEST_CASES" not in os.environ,
-    reason="fails yet: dscale in 16 bits is up to four times as far off as is allowed; set LORETTA_TEST_CASES to run it",
+    reason="fails yet: dscale in 16 bits is up to four times as far off as allowed; set LORETTA_TEST_CASES to run it",
 )
 @given(modes, modes, modes, ranks, ranks, rows, dtypes, st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans())
 @search
