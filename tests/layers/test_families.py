@@ -1,4 +1,4 @@
-"""Both methods on every family of the table, and eleven of them through training, saving and a fresh process."""
+"""Both methods on every family of the table, and fifteen of them through training, saving and a fresh process."""
 
 from __future__ import annotations
 
