@@ -9,7 +9,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 
