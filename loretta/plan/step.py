@@ -92,7 +92,7 @@ def _watched(model: nn.Module, live: LiveBytes) -> Iterator[None]:
 
         return block.register_forward_pre_hook(before_forward, with_kwargs=True)
 
-    if len(blocks) > 2:
+    if len(blocks) > 1:
         handles += [begin_at(blocks[-1], MIDDLE), begin_at(blocks[1], BOTTOM)]
     try:
         yield
