@@ -32,9 +32,10 @@ examples:
   loretta plan --model llama-2-70b --seq 4096 --quant 4bit --checkpointing --memory 80
   loretta plan --model llama-3.1-405b --seq 4096 --gpus 16 --fsdp --checkpointing --method adp rep --memory 80
 
-The step is run on tensors that have sizes and no memory: forward, loss, backward, AdamW; rows without padding, no
-autocast, no accumulation. Weights, gradients, optimiser and activations (what autograd saves) are counted; the peak, which adds what operators
-need in passing, is an estimate, and knows neither the CUDA context nor the allocator's gaps: leave a tenth free.
+The step is run on tensors that have sizes and no memory: forward, loss, backward; AdamW; rows without padding, no
+autocast, no accumulation. Weights, gradients, optimiser and activations (what autograd saves) are counted. The peak,
+which adds what operators need in passing, is an estimate, and knows neither the CUDA context nor the allocator's gaps:
+leave a tenth free.
 lora: PEFT's LoRA with rep's --r, --alpha, --dropout and targets. full: every weight, trained in --dtype.
 """
 
@@ -187,37 +188,38 @@ def _largest_batch(peak: Callable[[int], int], limit: float) -> int:
     The peak grows by pieces of straight lines, each steeper than the last: the line through two points is never above
     it further on, nor below it in between.
     """
-    low, high = (1, peak(1)), (2, peak(2))
-    if low[1] > limit:
+    if peak(1) > limit:
         return 0
-    while True:
-        guess = low[0] + int((limit - low[1]) * (high[0] - low[0]) // (high[1] - low[1]))
-        if guess in (low[0], high[0]):
-            return guess
-        found = guess, peak(guess)
-        if guess > high[0]:
-            if found[1] <= limit:
-                return guess
-            high = found
-        elif found[1] <= limit:
-            low = found
-        else:
-            high = found
+    low, high = 1, 2
+    while peak(high) <= limit:
+        slope = (peak(high) - peak(low)) / (high - low)
+        low, high = high, high + (int((limit - peak(high)) / slope) + 1 if slope else high)
+    while high - low > 1:
+        share = (limit - peak(low)) / (peak(high) - peak(low))
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        low, high = (guess, high) if peak(guess) <= limit else (low, guess)
+    return low
 
 
 def _print(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
     """A table with a line for each method."""
     columns = ("weights", "gradients", "optimiser", "activations", "peak")
-    table = [("method", "trainable", *columns[:-1], "peak (estimated)")]
-    table += [(name, f"{row['trainable']:,}", *(_shown(row[column]) for column in columns)) for name, row in rows.items()]
+    table: list[tuple[str, ...]] = [("method", "trainable", *columns[:-1], "peak (estimated)")]
+    table += [
+        (name, f"{row['trainable']:,}", *(_shown(row[column]) for column in columns)) for name, row in rows.items()
+    ]
     if args.memory:
         table[0] += (f"fits {args.memory:g} GiB", "largest batch")
         for number, row in enumerate(rows.values(), 1):
             table[number] += ("yes" if row["fits"] else "no", f"{row['largest_batch']}")
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for line in table:
-        print("  ".join(f"{cell:>{width}}" if column else f"{cell:<{width}}" for column, (cell, width) in
-                        enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(
+                f"{cell:>{width}}" if column else f"{cell:<{width}}"
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
 
 
 def _shown(size: int) -> str:

@@ -1,4 +1,4 @@
-"""The configurations of the paper's models, and one larger, so that `loretta params` and `loretta plan` work offline."""
+"""Configurations of the paper's models and one larger: `loretta params` and `loretta plan` work offline."""
 
 from dataclasses import dataclass, field
 from typing import Any

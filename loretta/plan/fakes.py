@@ -48,7 +48,7 @@ def fake_tensors(model: nn.Module, as_on_gpu: bool) -> Iterator[None]:
 
 def _no_packed_sequences() -> Any:
     """Without values transformers cannot see that no row is packed; it would make a mask for sdpa, 9 % more bytes."""
-    return mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    return mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
 
 
 def _dropout_of_cuda() -> list[Any]:
@@ -58,7 +58,13 @@ def _dropout_of_cuda() -> list[Any]:
         return torch.native_dropout(input, p, True)[0] if training and p else input
 
     def scaled_dot_product_attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **more: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *args: Any,
+        **more: Any,
     ) -> Tensor:
         return attention(query, key, value, attn_mask, 0.0, *args, **more)
 

@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 QUANTS = ("none", "8bit", "4bit", "4bit-double")
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one under double quantisation
+_MARK = "_planned_quant"
 
 
 def quantise(base: Any, quant: str) -> None:
@@ -26,14 +27,14 @@ def quantise(base: Any, quant: str) -> None:
     kept = get_keys_to_not_convert(base)
     for name, module in base.named_modules():
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
-            module.weight._planned_quant = quant  # type: ignore[assignment]
+            setattr(module.weight, _MARK, quant)
             if quant == "8bit":
-                module.forward = _KeepingInput(module)  # type: ignore[assignment]
+                module.forward = _KeepingInput(module)  # type: ignore[method-assign]
 
 
 def quant_of(parameter: Tensor) -> str | None:
     """How the weight will be stored, where that is not its dtype."""
-    return getattr(parameter, "_planned_quant", None)
+    return getattr(parameter, _MARK, None)
 
 
 def quantised_bytes(shape: torch.Size, quant: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,10 +68,12 @@ def run_step(model: nn.Module, inputs: dict[str, Tensor], grad_share: float = 1.
     return StepBytes(kept, int(peaks[TOP]), int(peaks[BOTTOM]))
 
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The repeated blocks: the longest list of modules that holds most of the parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda found: (sum(p.numel() for p in found.parameters()), len(found)), default=[])
+    return max(
+        lists, key=lambda found: (sum(p.numel() for p in found.parameters()), len(found)), default=nn.ModuleList()
+    )
 
 
 @contextmanager
