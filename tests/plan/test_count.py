@@ -47,7 +47,10 @@ def test_a_few_blocks_give_the_bytes_of_all_of_a_real_step(method, checkpointing
     counted = counter.count(BATCH)
     real = build(method, layers, device="cpu")
     checkpoint(real, checkpointing)
-    assert counted == run_step(real, BATCH.inputs())
+    measured = run_step(real, BATCH.inputs())
+    assert counted.saved == measured.saved
+    # A tensor that waits for Python's garbage collector may be alive in one run and not in the other.
+    assert (counted.top, counted.bottom) == pytest.approx((measured.top, measured.bottom), rel=1e-3)
     assert counter.count(BATCH) == counted
 
 
