@@ -118,6 +118,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method", required=True, choices=METHODS, help="adp: adapters; rep: reparameterised (LoRA-like)"
     )
+    add_hyperparameters(group)
+
+
+def add_hyperparameters(group: Any) -> None:
+    """Every hyper-parameter of both methods."""
     for option in OPTIONS:
         group.add_argument(option.flag, dest=option.dest, help=option.help(), **option.reading)
 

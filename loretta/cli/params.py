@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Build the model on the meta device, wrap it, count, print."""
-    config, task = _configuration(args)
+    config, task = configuration(args)
     method = method_config(args, task)
     if task == "seq_cls":
         config.num_labels = args.classes
@@ -109,10 +109,10 @@ def _group(path: str, module: nn.Module, name: str) -> str:
     return {"cores": "cores", "bias": "biases"}.get(name, "dense adapters")
 
 
-def _configuration(args: argparse.Namespace) -> tuple[Any, str]:
+def configuration(args: argparse.Namespace) -> tuple[Any, str]:
     """The transformers configuration that --model means, and the task."""
-    if args.model in PRESETS:
-        preset = PRESETS[args.model]
+    if args.model.lower() in PRESETS:
+        preset = PRESETS[args.model.lower()]
         return AutoConfig.for_model(preset.model_type, **preset.values), args.task or preset.task
     task = args.task or "causal_lm"
     path = Path(args.model).expanduser()

@@ -1,4 +1,4 @@
-"""The configurations of the paper's models, so that `loretta params` works offline."""
+"""Configurations of the paper's models and one larger: `loretta params` and `loretta plan` work offline."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,20 @@ _LLAMA_2 = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+}
+_LLAMA_3_1 = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 _ROBERTA = {
     "vocab_size": 50265,
@@ -32,7 +46,7 @@ class Preset:
     values: dict[str, Any] = field(repr=False)
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Preset:
+def _llama(family: dict[str, Any], hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Preset:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -40,7 +54,7 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
     }
-    return Preset("llama", "causal_lm", _LLAMA_2 | sizes)
+    return Preset("llama", "causal_lm", family | sizes)
 
 
 def _opt(hidden: int, layers: int) -> Preset:
@@ -64,9 +78,10 @@ def _roberta(hidden: int, layers: int, heads: int) -> Preset:
 
 
 PRESETS = {
-    "llama-2-7b": _llama(4096, 11008, 32, 32, 32),
-    "llama-2-13b": _llama(5120, 13824, 40, 40, 40),
-    "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
+    "llama-2-7b": _llama(_LLAMA_2, 4096, 11008, 32, 32, 32),
+    "llama-2-13b": _llama(_LLAMA_2, 5120, 13824, 40, 40, 40),
+    "llama-2-70b": _llama(_LLAMA_2, 8192, 28672, 80, 64, 8),
+    "llama-3.1-405b": _llama(_LLAMA_3_1, 16384, 53248, 126, 128, 8),
     "deberta-base": Preset(
         "deberta",
         "seq_cls",

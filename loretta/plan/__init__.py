@@ -1,0 +1,7 @@
+"""Will a training run fit: memory counted from a model's configuration, without a weight."""
+
+from loretta.plan.count import CHECKPOINTING, Batch, StepCounter
+from loretta.plan.memory import Devices, Memory, memory
+from loretta.plan.quantised import QUANTS, quantise
+
+__all__ = ["CHECKPOINTING", "QUANTS", "Batch", "Devices", "Memory", "StepCounter", "memory", "quantise"]
