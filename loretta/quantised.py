@@ -28,9 +28,10 @@ def keep_unpacked(model: nn.Module) -> None:
             setattr(module, _PACKS_ITSELF, False)
     if packed:
         raise ValueError(
-            f"bitsandbytes has repacked {len(packed)} 4-bit layers for inference on this CPU, such as {packed[0]!r}, as "
-            f"the model was evaluated before it was wrapped: no gradient passes them, and saving would round them. Load "
-            f"the model again, and wrap it, or call loretta.quantised.keep_unpacked(model), before its first forward"
+            f"bitsandbytes has repacked {len(packed)} 4-bit layers for inference on this CPU, such as {packed[0]!r}, "
+            f"as the model was evaluated before it was wrapped: no gradient passes them, and saving would round them. "
+            f"Load the model again, and wrap it, or call loretta.quantised.keep_unpacked(model), before its first "
+            f"forward"
         )
 
 

@@ -45,7 +45,7 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
     base = adapter_base(args.adapter, args)
     if base.quant != args.quant:
         say(
-            f"the adapter was trained on a {base.quant} base; without --load-in-{base.quant} its weights stay whole here"
+            f"the adapter was trained on a {base.quant} base, which is not quantised here without --load-in-{base.quant}"
         )
         base = replace(base, quant=None)
     folder = Path(args.adapter).expanduser()

@@ -74,7 +74,7 @@ def test_a_base_that_rounds_its_activations_is_refused_for_training_alone(
     name: str, method: str, folder: Path, tmp_path: Path
 ) -> None:
     dynamic = load(folder, torchao(name))
-    with pytest.raises(ValueError, match="14 layers of the base, such as 'model.layers.0.self_attn.q_proj', quantise"):
+    with pytest.raises(ValueError, match=r"14 layers of the base, such as .*q_proj', quantise"):
         get_peft_model(dynamic, CONFIGS[method])
     get_peft_model(load(folder, WEIGHTS_ONLY["torchao-int8"]()), CONFIGS[method]).save_pretrained(tmp_path)
     for_inference = PeftModel.from_pretrained(load(folder, torchao(name)), tmp_path)
