@@ -44,9 +44,7 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
     """
     base = adapter_base(args.adapter, args)
     if base.quant != args.quant:
-        say(
-            f"the adapter was trained on a {base.quant} base, which is not quantised here without --load-in-{base.quant}"
-        )
+        say(f"the adapter was trained on a {base.quant} base; --load-in-{base.quant} quantises it here too")
         base = replace(base, quant=None)
     folder = Path(args.adapter).expanduser()
     if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") == "LORETTA_ADP":

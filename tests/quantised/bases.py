@@ -49,9 +49,10 @@ WEIGHTS_ONLY: dict[str, Callable[[], Any]] = {
 }
 
 
-def save_llama(folder: Path) -> Path:
-    """A two-layer Llama whose linears divide into blocks of 64 weights."""
-    tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
+def save_llama(folder: Path, layers: int = 2) -> Path:
+    """A Llama whose linears divide into blocks of 64 weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": layers}
+    tiny_model("llama", **sizes).save_pretrained(folder)
     return folder
 
 
