@@ -18,6 +18,7 @@ from .adp import MERGE_ERROR, LorettaAdpLinear
 from .config import LorettaAdpConfig, _LorettaConfig
 from .layer import LorettaLayer, train_shape
 from .norms import norm_names
+from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
 from .targets import FAMILIES, TargetTable
 from .tensor_train import TensorTrain
@@ -36,6 +37,8 @@ class _LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            check_gradients_pass(model)
+        keep_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)
@@ -45,6 +48,7 @@ class _LorettaModel(BaseTuner):
         names = list(peft_config.modules_to_save or [])
         if path := _tensorised_head(peft_config, model):
             names.append(path.split(".")[0])
+        check_can_be_trained_whole(model, names)
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None

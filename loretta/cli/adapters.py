@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
         undoable: what cannot be done to an adp adapter.
     """
     base = adapter_base(args.adapter, args)
+    if base.quant != args.quant:
+        say(f"the adapter was trained on a {base.quant} base; --load-in-{base.quant} quantises it here too")
+        base = replace(base, quant=None)
     folder = Path(args.adapter).expanduser()
     if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") == "LORETTA_ADP":
         raise UserError(f"{args.adapter}: an adp adapter cannot be {undoable}: it has a nonlinearity inside")
@@ -83,7 +86,8 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
         raise UserError(f"{adapter}: does not say what its base model is; give --model")
     task = "seq_cls" if config.get("task_type") == "SEQ_CLS" else "causal_lm"
     gguf = args.gguf or (None if args.model else record.get("gguf"))
-    base = make_base(name, gguf, task, args.dtype or record.get("dtype"))
+    quant = args.quant or (None if args.model else record.get("quant"))
+    base = make_base(name, gguf, task, args.dtype or record.get("dtype"), quant)
     return base.with_labels(record["labels"]) if record.get("labels") else base
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.model:
         record = read_record(Path(args.model))
         task = args.task or record.get("task") or "causal_lm"
-        base = make_base(args.model, args.gguf, task, args.dtype or record.get("dtype"))
+        base = make_base(args.model, args.gguf, task, args.dtype or record.get("dtype"), args.quant)
     else:
         raise UserError("give --model, --adapter, or both")
     rows = read_rows(args.data, base.task)

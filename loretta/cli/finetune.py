@@ -55,6 +55,7 @@ class Job:
             {"eval_data": fingerprint(args.eval_data)} if args.eval_data else {"eval_fraction": args.eval_fraction}
         )
         model = {"model": self.base.model, "gguf": self.base.gguf, "task": self.base.task, "dtype": self.base.dtype}
+        model["quant"] = self.base.quant
         data = {"data": fingerprint(args.data), "eval_limit": args.eval_limit, "seq_len": args.seq_len}
         return model | data | held_out | schedule | {"method": args.method} | method_settings(self.config, args.method)
 
@@ -152,7 +153,7 @@ def _checked(args: argparse.Namespace) -> Job:
     if args.plot:
         need_matplotlib()
     config = method_config(args, args.task)
-    base = make_base(args.model, args.gguf, args.task, args.dtype)
+    base = make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
     rows = read_rows(args.data, args.task)
     if args.eval_data:
         held_rows = read_rows(args.eval_data, args.task)
@@ -184,7 +185,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     say(f"loading {base.model}")
     set_seed(args.seed)
     model = load_base(base, tokenizer)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()  # numel() of a 4-bit weight counts its bytes
     say(f"{len(examples)} examples to train on, {len(held_out)} held out, at most {seq_len} tokens each")
     if "before" not in record:
         record["before"] = evaluate(model, held_out, collator, args.batch_size, base.task, "before")
@@ -208,6 +209,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         "gguf": base.gguf,
         "task": base.task,
         "dtype": base.dtype,
+        "quant": base.quant,
         "labels": base.labels,
         "seq_len": seq_len,
         "batch_size": args.batch_size,

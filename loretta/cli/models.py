@@ -1,6 +1,7 @@
 """Loads configurations, tokenizers, base models and adapters, and says in one line what cannot be loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loretta.cli.errors import UserError, one_line
+from loretta.quantised import keep_unpacked
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
 DTYPES = ("float32", "bfloat16", "float16")
+HEADS = ("classifier", "score", "pooler", "classification_head", "pre_classifier")  # trained, so never quantised
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,11 @@ class Base:
     gguf: str | None
     task: str
     dtype: str
+    quant: str | None = None
     labels: list[str] | None = None
 
     def with_labels(self, labels: list[str]) -> "Base":
-        return Base(self.model, self.gguf, self.task, self.dtype, labels)
+        return replace(self, labels=labels)
 
     def source(self) -> dict[str, Any]:
         """The arguments that name the model to from_pretrained."""
@@ -37,11 +41,14 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def make_base(model: str, gguf: str | None, task: str, dtype: str | None) -> Base:
+def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant: str | None = None) -> Base:
     """The base that the options name; a local folder becomes absolute, so that an adapter finds it from anywhere.
 
+    Args:
+        quant: "4bit", "8bit" or None, as it is loaded.
+
     Raises:
-        UserError: where no such folder or file exists and the name is no hub id.
+        UserError: where no such folder or file exists and the name is no hub id, and where it cannot be quantised.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file() and gguf is None:
@@ -57,8 +64,12 @@ def make_base(model: str, gguf: str | None, task: str, dtype: str | None) -> Bas
     elif path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1 or not model:
         raise UserError(f"{model}: no such model folder")
     if gguf is not None:
-        _need_gguf()
-    return Base(model, gguf, task, dtype or ("float32" if device().type == "cpu" else "bfloat16"))
+        if quant is not None:
+            raise UserError(f"--load-in-{quant} does not go with a GGUF model, which is dequantised when it is loaded")
+        _need("gguf", "a GGUF model", "gguf")
+    if quant is not None:
+        _need("bitsandbytes", f"--load-in-{quant}", "quant")
+    return Base(model, gguf, task, dtype or ("float32" if device().type == "cpu" else "bfloat16"), quant)
 
 
 def load_config(base: Base) -> Any:
@@ -87,11 +98,19 @@ def load_base(base: Base, tokenizer: Any) -> Any:
         options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
     if base.gguf is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    is_quantised = base.gguf is None and getattr(load_config(base), "quantization_config", None) is not None
+    if base.quant is not None:
+        if is_quantised:
+            raise UserError(f"{base.model}: is quantised already; leave out --load-in-{base.quant}")
+        options["quantization_config"] = _bitsandbytes(base)
+    if base.quant is not None or is_quantised:
+        options["device_map"] = {"": device()}  # such a model cannot be moved as a whole
     with Explaining(base.model, "model"):
         model = AUTO_MODELS[base.task].from_pretrained(**base.source(), **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device()).eval()
+    keep_unpacked(model)
+    return (model if "device_map" in options else model.to(device())).eval()
 
 
 def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:
@@ -125,9 +144,21 @@ class Explaining:
         raise UserError(f"{self.name}: the {self.what} cannot be loaded: {one_line(error)[:300]}") from error
 
 
-def _need_gguf() -> None:
-    """transformers reads GGUF files through this package."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("a GGUF model needs the package gguf: pip install 'loretta-tt[gguf]'") from error
+def _bitsandbytes(base: Base) -> transformers.BitsAndBytesConfig:
+    """What --load-in-4bit and --load-in-8bit stand for."""
+    skipped = list(HEADS) if base.task == "seq_cls" else None  # None: the output embedding
+    if base.quant == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=base.dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _need(package: str, what: str, extra: str) -> None:
+    """Raise unless transformers will find the package."""
+    if find_spec(package) is None:
+        raise UserError(f"{what} needs the package {package}: pip install 'loretta-tt[{extra}]'")

@@ -1,6 +1,7 @@
 """What the commands' parsers share: the parser itself, value types, and the options for models and data."""
 
 import argparse
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -60,7 +61,7 @@ fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, dtypes: tuple[str, ...], required: bool) -> None:
-    """--model, --gguf, --dtype."""
+    """--model, --gguf, --dtype, --load-in-4bit, --load-in-8bit."""
     group = parser.add_argument_group("model")
     default = "" if required else " (default: the one the adapter was trained on)"
     group.add_argument(
@@ -70,6 +71,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, dtypes: tuple[str, ...
     group.add_argument(
         "--dtype", choices=dtypes, help="dtype of the base model (default: bfloat16 on a GPU, else float32)"
     )
+    quantised = group.add_mutually_exclusive_group()
+    for quant, what in {"4bit": "4 bits (NF4, its scales quantised too)", "8bit": "8 bits"}.items():
+        quantised.add_argument(
+            f"--load-in-{quant}", dest="quant", action="store_const", const=quant,
+            help=f"quantise the base model's weights to {what} with bitsandbytes",
+        )  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -86,5 +93,6 @@ def prepare(args: argparse.Namespace) -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
