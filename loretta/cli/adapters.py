@@ -18,7 +18,6 @@ from loretta.cli.models import DTYPES, Base, Explaining, load_base, load_tokeniz
 from loretta.cli.output import RECORD, OutputFolder
 from loretta.cli.report import say
 
-
 # What is read back from a record: name -> test, what is accepted.
 RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),

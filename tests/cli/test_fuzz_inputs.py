@@ -8,7 +8,6 @@ import pytest
 from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.cli.finetune import add_parser
 from loretta.cli.options import Parser
-
 from tests.cli import fuzz
 
 DATA = {
@@ -42,7 +41,8 @@ def options() -> list[str]:
     return sorted(action.option_strings[-1] for action in actions if action.option_strings and action.nargs != 0)
 
 
-def test_a_wrong_option_ends_in_one_line(llama, loretta, tmp_path):
+def test_a_wrong_option_ends_in_one_line(llama, loretta, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a value may be a folder's name
     (tmp_path / "text.txt").write_text(DATA["text.txt"])
     values = ("", "-1", "0", "1e400", "nan", "x", "9" * 30, "\x00", "../none", "--", "é", "0.5")
     draw, complaints = random.Random(0), []
