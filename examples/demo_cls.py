@@ -33,8 +33,8 @@ RESULT = Path(__file__).resolve().parents[1] / "bench" / "results" / "cpu" / "de
 TOPICS = ["business", "entertainment", "politics", "sports", "tech"]
 TRAINING_ROWS, HELD_OUT_ROWS = 320, 700
 EPOCHS, BATCH, TOKENS = 3, 16, 64
-SEEDS = (0, 1, 2)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def head_only(model: Any) -> Any:
@@ -145,13 +145,14 @@ def run(method: str, rate: float, seed: int, train: Rows, test: Rows, tokenizer:
 
 
 def tune(rows: list[tuple[str, int]], tokenizer: Any) -> None:
-    """Every method at every rate, judged on a quarter of the training rows."""
+    """Every method at three rates, judged on a quarter of the training rows."""
     cut = TRAINING_ROWS * 3 // 4
     train, test = Rows(rows[:cut], tokenizer), Rows(rows[cut:], tokenizer)
-    for method in METHODS:
+    for method, (_, best) in METHODS.items():
         for rate in RATES:
-            scores = [run(method, rate, seed, train, test, tokenizer)["accuracy"] for seed in (100, 101)]
-            print(f"{method:12} {rate:7.0e} {statistics.mean(scores):.4f}", flush=True)
+            if best / 5 < rate < best * 5:  # a better one at either end would show
+                score = run(method, rate, TUNING_SEED, train, test, tokenizer)["accuracy"]
+                print(f"{method:12} {rate:7.0e} {score:.4f}", flush=True)
 
 
 def table(train: Rows, test: Rows, tokenizer: Any) -> str:
