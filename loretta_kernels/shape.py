@@ -9,6 +9,9 @@ from math import prod
 from operator import index
 
 MAX_MODE = 16
+MAX_RANK = (
+    64  # of any bond, or the larger side of the matrix: no train needs more, and a slip of the pen fills the memory
+)
 
 # LoRETTA, table 10, and what the released code adds to it. The other direction of each is its mirror image.
 _PAPER_MODES: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -77,6 +80,11 @@ class TTShape:
             raise ValueError(f"each side needs at least one mode, got in_modes={left} and out_modes={right}")
         if len(inner) != bonds:
             raise ValueError(f"modes {left} | {right} have {bonds} inner bonds, got {len(inner)} ranks: {inner}")
+        largest = max(prod(left), prod(right), MAX_RANK)
+        if max(inner, default=1) > largest:
+            raise ValueError(
+                f"no rank of a {prod(left)} x {prod(right)} matrix may be above {largest}, got {max(inner)}"
+            )
         modes, bond_ranks = left + right, (1, *inner, 1)
         core_shapes = tuple(zip(bond_ranks, modes, bond_ranks[1:], strict=False))
         core_sizes = tuple(prod(core) for core in core_shapes)

@@ -2,19 +2,34 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
+from safetensors.torch import load_file
 
 from loretta.cli import options
 from loretta.cli.errors import UserError, one_line
 from loretta.cli.models import DTYPES, Base, Explaining, load_base, load_tokenizer, make_base
 from loretta.cli.output import RECORD, OutputFolder
 from loretta.cli.report import say
+
+# What is read back from a record: name -> test, what is accepted.
+RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),
+    "task": (lambda value: value in options.TASKS, f"one of {', '.join(options.TASKS)}"),
+    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "labels": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(label, str) for label in value)),
+        "a list of strings or null",
+    ),
+    "seq_len": (lambda value: type(value) is int and value >= 2, "a whole number of at least 2"),
+    "batch_size": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
         say(f"the adapter was trained on a {base.quant} base; --load-in-{base.quant} quantises it here too")
         base = replace(base, quant=None)
     folder = Path(args.adapter).expanduser()
-    if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") == "LORETTA_ADP":
+    if _read_object(folder / "adapter_config.json").get("peft_type") == "LORETTA_ADP":
         raise UserError(f"{args.adapter}: an adp adapter cannot be {undoable}: it has a nonlinearity inside")
     if folder.resolve() == Path(args.output).expanduser().resolve():
         raise UserError(f"{args.output}: is the adapter itself; choose another --output")
@@ -63,27 +78,33 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `loretta finetune`, `merge` or `export` wrote about a folder; empty where something else made it."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What `loretta finetune`, `merge` or `export` wrote about a folder; empty where something else made it.
+
+    Raises:
+        UserError: the file is there and damaged.
+    """
+    file = folder / RECORD
+    if not file.is_file():
         return {}
-    return record if isinstance(record, dict) else {}
+    record = _read_object(file)
+    for name, (is_right, wanted) in RECORDED.items():
+        if name in record and not is_right(record[name]):
+            raise UserError(f"{file}: {name} must be {wanted}, not {record[name]!r}"[:300])
+    return record
 
 
 def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     """The base of a saved adapter: --model where given, else what the adapter's own files say."""
     folder = Path(adapter).expanduser()
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{adapter}: no adapter there (no adapter_config.json)") from error
-    except ValueError as error:
-        raise UserError(f"{adapter}: its adapter_config.json is not valid JSON: {one_line(error)}") from error
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter there (no adapter_config.json)")
+    config = _read_object(folder / "adapter_config.json")
     record = read_record(folder)
     name = args.model or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter}: does not say what its base model is; give --model")
+    if not isinstance(name, str):
+        raise UserError(f"{adapter}: base_model_name_or_path must be a string, not {name!r}; or give --model")
     task = "seq_cls" if config.get("task_type") == "SEQ_CLS" else "causal_lm"
     gguf = args.gguf or (None if args.model else record.get("gguf"))
     quant = args.quant or (None if args.model else record.get("quant"))
@@ -91,7 +112,39 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     return base.with_labels(record["labels"]) if record.get("labels") else base
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an error that names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not valid JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must be a JSON object, not {type(content).__name__}")
+    return content
+
+
 def load_adapter(model: Any, adapter: str) -> Any:
-    """Put a saved adapter, LoRETTA or plain LoRA, on its base."""
-    with Explaining(adapter, "adapter"):
-        return peft.PeftModel.from_pretrained(model, str(Path(adapter).expanduser().resolve()))
+    """Put a saved adapter, LoRETTA or plain LoRA, on its base.
+
+    Raises:
+        UserError: where it cannot be read, does not fit, lacks a tensor, or holds one that is not finite.
+    """
+    folder = Path(adapter).expanduser().resolve()
+    with Explaining(adapter, "adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        _check_weights(folder)
+        return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def _check_weights(folder: Path) -> None:
+    """What PEFT would copy into the model without a word: integers, infinities, nothing at all."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        return
+    for name, tensor in load_file(file).items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} has dtype {tensor.dtype}, expected a floating-point one")
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} has values that are not finite")

@@ -119,7 +119,7 @@ def add_parser(commands: Any) -> None:
         help="part of the steps that raise the rate (default 0.1)",
     )
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    training.add_argument("--seed", type=options.natural, default=0, metavar="N", help="default 0")
+    training.add_argument("--seed", type=options.seed, default=0, metavar="N", help="default 0")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", required=True, metavar="DIR", help="folder of the adapter; a former run's is replaced"

@@ -52,6 +52,7 @@ def _number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable
 
 
 natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
 at_least_two = _number(int, lambda value: value >= 2, "a whole number of at least 2")
 not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")

@@ -30,6 +30,8 @@ class OutputFolder:
     """
 
     def __init__(self, path: str):
+        if "\0" in path:
+            raise UserError(f"{path!r}: is not a path; choose another --output")
         self.path = Path(path).expanduser().resolve()
         self.part = self.path.with_name(self.path.name + ".part") if self.path.name else self.path
         self.new = self.part / "new"

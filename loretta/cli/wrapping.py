@@ -32,5 +32,5 @@ def wrapped(model: Any, config: Any, **options: Any) -> Any:
     """
     try:
         return get_peft_model(model, config, **options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"the method does not fit this model: {one_line(error)}") from error
