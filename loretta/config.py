@@ -9,6 +9,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from loretta_kernels import TTShape
+
 from ._peft_types import extend_peft_type
 
 LORETTA_ADP = extend_peft_type("LORETTA_ADP")
@@ -43,6 +45,14 @@ class _LorettaConfig(PeftConfig):
     tensor_shape: dict[str, list[int]] | None = field(
         default=None,
         metadata={"help": "Explicit modes by size, such as {4096: [16, 16, 16]}; sizes not named take the default."},
+    )
+    matrix_shapes: dict[str, dict[str, list[int]]] | None = field(
+        default=None,
+        metadata={
+            "help": "Explicit trains by the matrix they stand for, such as {'64x4096': {'in_modes': [16, 4], "
+            "'out_modes': [4, 16, 4, 4, 4], 'ranks': [5, 20, 5, 5, 5, 5]}}: what converters write. Matrices not named "
+            "follow tensor_shape and tensor_rank."
+        },
     )
     bias: str = field(default="none", metadata={"help": "Which biases of the base model are trained."})
     init_weights: bool | str = field(
@@ -85,6 +95,7 @@ class _LorettaConfig(PeftConfig):
         ):
             raise ValueError(f"init_weights must be True, False or 'gaussian', got {self.init_weights!r}")
         self.tensor_shape = _normalised_modes(self.tensor_shape)
+        _check_matrix_shapes(self.matrix_shapes)
         self.target_modules = _as_set("target_modules", self.target_modules)
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
@@ -100,6 +111,11 @@ class _LorettaConfig(PeftConfig):
         """The explicit modes of a side of this size, or None where the default applies."""
         given = (self.tensor_shape or {}).get(str(size))
         return None if given is None else tuple(given)
+
+    def matrix_shape(self, in_features: int, out_features: int) -> TTShape | None:
+        """The explicit train of a matrix of these sizes, or None where there is none."""
+        given = (self.matrix_shapes or {}).get(f"{in_features}x{out_features}")
+        return None if given is None else TTShape(**given)
 
 
 @dataclass
@@ -127,6 +143,7 @@ class LorettaAdpConfig(_LorettaConfig):
         tensorized: False keeps the two projections dense.
         tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
@@ -192,6 +209,7 @@ class LorettaRepConfig(_LorettaConfig):
         tensor_rank: the rank of every bond.
         rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
@@ -284,3 +302,21 @@ def _normalised_modes(tensor_shape: Any) -> dict[str, list[int]] | None:
             )
         normalised[str(int(size))] = list(modes)
     return normalised
+
+
+def _check_matrix_shapes(matrix_shapes: Any) -> None:
+    if matrix_shapes is None:
+        return
+    if not isinstance(matrix_shapes, dict):
+        raise ValueError(f"matrix_shapes must be a dict from a matrix to its train, got {matrix_shapes!r}")
+    for matrix, train in matrix_shapes.items():
+        try:
+            shape = TTShape(**train)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"matrix_shapes: the train of {matrix} must be in_modes, out_modes and ranks, got {train!r} ({error})"
+            ) from None
+        if matrix != f"{shape.in_features}x{shape.out_features}":
+            raise ValueError(
+                f"matrix_shapes: the train of {matrix} is one of {shape.in_features}x{shape.out_features}: {train!r}"
+            )

@@ -22,7 +22,7 @@ def normal_form(cores: Sequence[Tensor], in_features: int, out_features: int) ->
     The ranks of the result follow from the shapes alone, not from the values.
 
     Args:
-        cores: ``[r, n, r']`` each, of a train for W flattened: the product of the modes is ``in_features·out_features``.
+        cores: ``[r, n, r']`` each, of a train for W flattened: the product of the modes is that of the two sizes.
         in_features, out_features: the sizes of W.
 
     Returns:
