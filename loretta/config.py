@@ -99,9 +99,10 @@ class _LorettaConfig(PeftConfig):
         self.target_modules = _as_set("target_modules", self.target_modules)
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            if isinstance(self.modules_to_save, str):
-                raise ValueError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
-            self.modules_to_save = list(self.modules_to_save)
+            given = self.modules_to_save
+            if not isinstance(given, (list, tuple, set)) or not all(isinstance(name, str) for name in given):
+                raise ValueError(f"modules_to_save must be a list of module names, got {given!r}")
+            self.modules_to_save = list(given)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names, got a string")
         if self.layers_pattern and self.layers_to_transform is None:

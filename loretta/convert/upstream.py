@@ -46,7 +46,7 @@ CARRIED = {
 # Two fields are left behind: enable_lora, which the released package ignores, and fan_in_fan_out, which follows from
 # the layer.
 CARRIED_BY_BOTH = "task_type target_modules tensor_rank bias modules_to_save"
-LABELLED = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
+HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class Converted:
         config: the config written.
         trains: the shapes of the trains that differ from this package's defaults, by matrix, such as ``"64x4096"``.
         from_base: parameters that the released package trained but did not save, left to the base model.
+        num_labels: how many classes the head has, or None for a model without one.
     """
 
     method: str
     config: _LorettaConfig
     trains: dict[str, TTShape]
     from_base: list[str]
+    num_labels: int | None
 
 
 class MissingParameters(ValueError):
@@ -121,7 +123,7 @@ def convert_upstream(
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(out))
-    return Converted(adapter.method, config, trains, lost)
+    return Converted(adapter.method, config, trains, lost, _num_labels(adapter))
 
 
 def _skeleton(adapter: UpstreamAdapter, base: str | PretrainedConfig | None) -> tuple[nn.Module, str]:
@@ -136,11 +138,15 @@ def _skeleton(adapter: UpstreamAdapter, base: str | PretrainedConfig | None) -> 
         config = AutoConfig.from_pretrained(name)
     else:
         raise ValueError("the adapter does not say what its base model is; name it")
-    heads = [adapter.plain[f"{head}.weight"] for head in LABELLED if f"{head}.weight" in adapter.plain]
-    labels = {"num_labels": len(heads[0])} if heads else {}
-    config = type(config).from_dict({**config.to_dict(), **labels})
+    if num_labels := _num_labels(adapter):
+        config = type(config).from_dict({**config.to_dict(), "num_labels": num_labels})
     with torch.device("meta"):
         return AUTO_MODELS[task].from_config(config), str(name)
+
+
+def _num_labels(adapter: UpstreamAdapter) -> int | None:
+    """How many classes the head in the folder has."""
+    return next((len(adapter.plain[f"{head}.weight"]) for head in HEADS if f"{head}.weight" in adapter.plain), None)
 
 
 def _trained_but_not_saved(adapter: UpstreamAdapter, model: nn.Module) -> list[str]:
