@@ -204,7 +204,7 @@ def _read_config(path: Path) -> LoraConfig:
         raise FileNotFoundError(f"{path}: no such file; a LoRA adapter has it")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         kind = content.get("peft_type") if isinstance(content, dict) else type(content).__name__

@@ -76,7 +76,7 @@ def read_upstream(folder: Path) -> UpstreamAdapter:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         config = json.loads(_existing(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON object is expected")
@@ -88,6 +88,9 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         )
     if unknown := sorted(config.keys() - FIELDS[method]):
         raise ValueError(f"{path}: fields that the released loretta does not write: {', '.join(unknown)}")
+    for name in ("task_type", "base_model_name_or_path"):
+        if not isinstance(config.get(name), str | None):
+            raise ValueError(f"{path}: {name} must be text, not {config[name]!r}")
     return method, config
 
 
@@ -100,7 +103,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: refused: it is no plain dict of tensors, and loading what else a pickle holds can run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged pickle raises whatever it happens to run into
         raise ValueError(f"{path}: cannot be read; truncated or damaged? ({error})") from error
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path}: a dict of tensors is expected")
