@@ -220,8 +220,12 @@ def _read_config(path: Path) -> LoraConfig:
     if refused:
         given = ", ".join(f"{name}={content[name]!r}" for name in sorted(refused))
         raise ValueError(f"{path}: LoRETTA_rep cannot represent {given}")
+    content = {name: value for name, value in content.items() if name != "peft_type"}
     try:
-        return LoraConfig(**{name: value for name, value in content.items() if name != "peft_type"})
+        lora = LoraConfig(**content)
+        lora.rank_pattern, lora.alpha_pattern = lora.rank_pattern or {}, lora.alpha_pattern or {}
+        rep_config(lora, [], 1, {})  # raises for a value that no adapter can have
+        return lora
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,17 @@ from peft import PeftConfig
 from loretta_kernels import TTShape
 
 from ._peft_types import extend_peft_type
+from ._validation import (
+    as_pattern,
+    as_set,
+    check_matrix_shapes,
+    normalised_modes,
+    require_bool,
+    require_choice,
+    require_dropout,
+    require_int,
+    require_number,
+)
 
 LORETTA_ADP = extend_peft_type("LORETTA_ADP")
 LORETTA_REP = extend_peft_type("LORETTA_REP")
@@ -85,19 +95,20 @@ class _LorettaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_int("tensor_rank", self.tensor_rank, 1)
+        require_int("tensor_rank", self.tensor_rank, 1)
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
         for name, rank in self.rank_pattern.items():
-            _require_int(f"rank_pattern[{name!r}]", rank, 1)
+            require_int(f"rank_pattern[{name!r}]", rank, 1)
         for name in ("train_layernorm", "tensorize_head"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.init_weights not in (True, False, "gaussian") or isinstance(self.init_weights, (int, float)) != (
             isinstance(self.init_weights, bool)
         ):
             raise ValueError(f"init_weights must be True, False or 'gaussian', got {self.init_weights!r}")
-        self.tensor_shape = _normalised_modes(self.tensor_shape)
-        _check_matrix_shapes(self.matrix_shapes)
-        self.target_modules = _as_set("target_modules", self.target_modules)
-        self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
+        self.tensor_shape = normalised_modes(self.tensor_shape)
+        check_matrix_shapes(self.matrix_shapes)
+        self.target_modules = as_set("target_modules", self.target_modules)
+        self.exclude_modules = as_set("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
             given = self.modules_to_save
             if not isinstance(given, (list, tuple, set)) or not all(isinstance(name, str) for name in given):
@@ -168,18 +179,18 @@ class LorettaAdpConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_ADP
-        _require_int("bottleneck_size", self.bottleneck_size, 1)
-        _require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
-        _require_dropout("adapter_dropout", self.adapter_dropout)
-        _require_choice("bias", self.bias, ("none", "all", "adapter_only"))
+        require_int("bottleneck_size", self.bottleneck_size, 1)
+        require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
+        require_dropout("adapter_dropout", self.adapter_dropout)
+        require_choice("bias", self.bias, ("none", "all", "adapter_only"))
         for name in ("use_parallel_adapter", "use_adapterp", "tensorized"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.scaling != "learned":
-            _require_number("scaling", self.scaling, also="'learned'")
+            require_number("scaling", self.scaling, also="'learned'")
         placements = self.adapter_type.values() if isinstance(self.adapter_type, dict) else [self.adapter_type]
         for placement in placements:
             if placement is not None:
-                _require_choice("adapter_type", placement, PLACEMENTS)
+                require_choice("adapter_type", placement, PLACEMENTS)
         if self.use_parallel_adapter and self.use_adapterp:
             raise ValueError("use_parallel_adapter and use_adapterp exclude each other: the latter adapts an output")
         if self.adapter_type is not None and (self.use_parallel_adapter or self.use_adapterp):
@@ -237,14 +248,15 @@ class LorettaRepConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_REP
-        _require_int("r", self.r, 1)
-        _require_number("lora_alpha", self.lora_alpha)
+        require_int("r", self.r, 1)
+        require_number("lora_alpha", self.lora_alpha)
+        self.alpha_pattern = as_pattern("alpha_pattern", self.alpha_pattern)
         for name, alpha in self.alpha_pattern.items():
-            _require_number(f"alpha_pattern[{name!r}]", alpha)
-        _require_dropout("lora_dropout", self.lora_dropout)
-        _require_choice("bias", self.bias, ("none", "all", "lora_only"))
+            require_number(f"alpha_pattern[{name!r}]", alpha)
+        require_dropout("lora_dropout", self.lora_dropout)
+        require_choice("bias", self.bias, ("none", "all", "lora_only"))
         for name in ("merge_weights", "fan_in_fan_out"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.enable_lora is not None:
             given: Sequence[Any] = self.enable_lora if isinstance(self.enable_lora, (list, tuple)) else ()
             if not any(given) or not all(isinstance(item, bool) for item in given):
@@ -252,72 +264,3 @@ class LorettaRepConfig(_LorettaConfig):
                     f"enable_lora must be a list of bools with at least one True, got {self.enable_lora!r}"
                 )
             self.enable_lora = list(given)
-
-
-def _require_int(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-
-
-def _require_number(name: str, value: Any, also: str | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number{f' or {also}' if also else ''}, got {value!r}")
-
-
-def _require_dropout(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-
-
-def _require_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def _require_choice(name: str, value: Any, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _as_set(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{name} must be a string or a list of module names, got {value!r}")
-    return set(value)
-
-
-def _normalised_modes(tensor_shape: Any) -> dict[str, list[int]] | None:
-    if tensor_shape is None:
-        return None
-    if not isinstance(tensor_shape, dict):
-        raise ValueError(f"tensor_shape must be a dict from a size to its modes, got {tensor_shape!r}")
-    normalised = {}
-    for size, modes in tensor_shape.items():
-        valid = isinstance(modes, (list, tuple)) and all(
-            isinstance(mode, int) and not isinstance(mode, bool) and mode >= 1 for mode in modes
-        )
-        if not valid or not modes or not str(size).isdecimal() or math.prod(modes) != int(size):
-            raise ValueError(
-                f"tensor_shape: the modes of {size} must be positive integers of that product, got {modes!r}"
-            )
-        normalised[str(int(size))] = list(modes)
-    return normalised
-
-
-def _check_matrix_shapes(matrix_shapes: Any) -> None:
-    if matrix_shapes is None:
-        return
-    if not isinstance(matrix_shapes, dict):
-        raise ValueError(f"matrix_shapes must be a dict from a matrix to its train, got {matrix_shapes!r}")
-    for matrix, train in matrix_shapes.items():
-        try:
-            shape = TTShape(**train)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"matrix_shapes: the train of {matrix} must be in_modes, out_modes and ranks, got {train!r} ({error})"
-            ) from None
-        if matrix != f"{shape.in_features}x{shape.out_features}":
-            raise ValueError(
-                f"matrix_shapes: the train of {matrix} is one of {shape.in_features}x{shape.out_features}: {train!r}"
-            )
