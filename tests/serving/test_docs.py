@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.__main__ import main
+from loretta.convert.trains import normal_form
 from loretta.targets import FAMILIES
+from tests.convert import bases
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIXTURES = Path(__file__).parents[1] / "convert" / "fixtures"
@@ -43,19 +45,17 @@ def run_page(page: str) -> dict[str, Any]:
     return names
 
 
-def save_base(folder: Path, config: LlamaConfig | None = None) -> LlamaForCausalLM:
+def save_base(folder: Path) -> None:
     """A small Llama with a tokenizer of words."""
     words = ["<pad>", "</s>", "<unk>", "the", "cat", "dog", "lay", "sat", "on", "mat", "log"]
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
-    config = config or LlamaConfig(
+    config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return model
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def save_adapter(base: Path, config: Any, folder: Path) -> None:
@@ -70,7 +70,6 @@ def save_adapter(base: Path, config: Any, folder: Path) -> None:
 @pytest.fixture(autouse=True)
 def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loretta.targets.FAMILIES", FAMILIES)
     torch.manual_seed(0)
 
 
@@ -90,8 +89,6 @@ def test_serve(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_move_from_upstream(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from tests.convert import bases
-
     bases.base_model("llama-adp").save_pretrained(tmp_path / "base")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "old").symlink_to(FIXTURES / "llama-adp")
@@ -109,8 +106,6 @@ def test_the_complete_folder_of_the_page_is_what_the_fixtures_were_written_with(
 
 
 def test_the_shapes_of_the_page_are_the_converters() -> None:
-    from loretta.convert.trains import normal_form
-
     page = (DOCS / "from-upstream.md").read_text()
     rows = re.findall(r"^\| (\d+) x (\d+) \| ([\d·]+) \| ([\d·]+) \\\| ([\d·]+) \| ([\d, ]+) \|$", page, re.MULTILINE)
     assert len(rows) == 3
@@ -123,7 +118,7 @@ def test_the_shapes_of_the_page_are_the_converters() -> None:
         assert shape.ranks == tuple(map(int, ranks.split(", ")))
 
 
-def test_add_a_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_a_family(capsys: pytest.CaptureFixture[str]) -> None:
     before = dict(FAMILIES)
     try:
         names = run_page("add-a-family.md")
