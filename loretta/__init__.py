@@ -6,7 +6,9 @@ Importing this package registers ``LORETTA_ADP`` and ``LORETTA_REP`` with PEFT; 
 from peft import PeftModel, TaskType, get_peft_model
 from peft.utils import register_peft_method
 
+from .compress import compress_lora
 from .config import LorettaAdpConfig, LorettaRepConfig
+from .convert import convert_upstream
 from .export import export_lora
 from .model import LorettaAdpModel, LorettaRepModel
 
@@ -20,6 +22,8 @@ __all__ = [
     "LorettaRepModel",
     "PeftModel",
     "TaskType",
+    "compress_lora",
+    "convert_upstream",
     "export_lora",
     "get_peft_model",
 ]

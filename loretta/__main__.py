@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from loretta.cli import check, eval, export, finetune, merge, options, params, plan
+from loretta.cli import check, compress, convert, eval, export, finetune, merge, options, params, plan
 from loretta.cli.errors import UserError
 
-COMMANDS = (finetune, eval, params, plan, export, merge, check)
+COMMANDS = (finetune, eval, params, plan, export, merge, convert, compress, check)
 DESCRIPTION = "Fine-tune language models with LoRETTA's tensor-train adapters (LoRETTA_adp, LoRETTA_rep)."
 EPILOG = """\
 start with:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 
+from loretta_kernels import TTShape
+
 from ._peft_types import extend_peft_type
+from ._validation import (
+    as_pattern,
+    as_set,
+    check_matrix_shapes,
+    normalised_modes,
+    require_bool,
+    require_choice,
+    require_dropout,
+    require_int,
+    require_number,
+)
 
 LORETTA_ADP = extend_peft_type("LORETTA_ADP")
 LORETTA_REP = extend_peft_type("LORETTA_REP")
@@ -45,6 +57,14 @@ class _LorettaConfig(PeftConfig):
         default=None,
         metadata={"help": "Explicit modes by size, such as {4096: [16, 16, 16]}; sizes not named take the default."},
     )
+    matrix_shapes: dict[str, dict[str, list[int]]] | None = field(
+        default=None,
+        metadata={
+            "help": "Explicit trains by the matrix they stand for, such as {'64x4096': {'in_modes': [16, 4], "
+            "'out_modes': [4, 16, 4, 4, 4], 'ranks': [5, 20, 5, 5, 5, 5]}}: what converters write. Matrices not named "
+            "follow tensor_shape and tensor_rank."
+        },
+    )
     bias: str = field(default="none", metadata={"help": "Which biases of the base model are trained."})
     init_weights: bool | str = field(
         default=True,
@@ -76,28 +96,29 @@ class _LorettaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_int("tensor_rank", self.tensor_rank, 1)
-        _require_patterns("rank_pattern", self.rank_pattern)
+        require_int("tensor_rank", self.tensor_rank, 1)
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
         for name, rank in self.rank_pattern.items():
-            _require_int(f"rank_pattern[{name!r}]", rank, 1)
+            require_int(f"rank_pattern[{name!r}]", rank, 1)
         for name in ("train_layernorm", "tensorize_head"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.init_weights not in (True, False, "gaussian") or isinstance(self.init_weights, (int, float)) != (
             isinstance(self.init_weights, bool)
         ):
             raise ValueError(f"init_weights must be True, False or 'gaussian', got {self.init_weights!r}")
-        self.tensor_shape = _normalised_modes(self.tensor_shape)
-        self.target_modules = _as_set("target_modules", self.target_modules)
-        self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
+        self.tensor_shape = normalised_modes(self.tensor_shape)
+        check_matrix_shapes(self.matrix_shapes)
+        self.target_modules = as_set("target_modules", self.target_modules)
+        self.exclude_modules = as_set("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            if isinstance(self.modules_to_save, str) or not _are_names(self.modules_to_save):
-                raise ValueError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
-            self.modules_to_save = list(self.modules_to_save)
+            given = self.modules_to_save
+            if not isinstance(given, (list, tuple, set)) or not all(isinstance(name, str) for name in given):
+                raise ValueError(f"modules_to_save must be a list of module names, got {given!r}")
+            self.modules_to_save = list(given)
         indices = self.layers_to_transform
         for index in indices if isinstance(indices, (list, tuple)) else [] if indices is None else [indices]:
-            _require_int("layers_to_transform", index, 0)
-        if not (self.layers_pattern is None or isinstance(self.layers_pattern, str) or _are_names(self.layers_pattern)):
-            raise ValueError(f"layers_pattern must be a name or a list of names, got {self.layers_pattern!r}")
+            require_int("layers_to_transform", index, 0)
+        as_set("layers_pattern", self.layers_pattern)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names, got a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -107,6 +128,11 @@ class _LorettaConfig(PeftConfig):
         """The explicit modes of a side of this size, or None where the default applies."""
         given = (self.tensor_shape or {}).get(str(size))
         return None if given is None else tuple(given)
+
+    def matrix_shape(self, in_features: int, out_features: int) -> TTShape | None:
+        """The explicit train of a matrix of these sizes, or None where there is none."""
+        given = (self.matrix_shapes or {}).get(f"{in_features}x{out_features}")
+        return None if given is None else TTShape(**given)
 
 
 @dataclass
@@ -134,6 +160,7 @@ class LorettaAdpConfig(_LorettaConfig):
         tensorized: False keeps the two projections dense.
         tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
@@ -157,18 +184,18 @@ class LorettaAdpConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_ADP
-        _require_int("bottleneck_size", self.bottleneck_size, 1, WIDEST)
-        _require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
-        _require_dropout("adapter_dropout", self.adapter_dropout)
-        _require_choice("bias", self.bias, ("none", "all", "adapter_only"))
+        require_int("bottleneck_size", self.bottleneck_size, 1, WIDEST)
+        require_choice("non_linearity", self.non_linearity, tuple(ACTIVATIONS))
+        require_dropout("adapter_dropout", self.adapter_dropout)
+        require_choice("bias", self.bias, ("none", "all", "adapter_only"))
         for name in ("use_parallel_adapter", "use_adapterp", "tensorized"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.scaling != "learned":
-            _require_number("scaling", self.scaling, also="'learned'")
+            require_number("scaling", self.scaling, also="'learned'")
         placements = self.adapter_type.values() if isinstance(self.adapter_type, dict) else [self.adapter_type]
         for placement in placements:
             if placement is not None:
-                _require_choice("adapter_type", placement, PLACEMENTS)
+                require_choice("adapter_type", placement, PLACEMENTS)
         if self.use_parallel_adapter and self.use_adapterp:
             raise ValueError("use_parallel_adapter and use_adapterp exclude each other: the latter adapts an output")
         if self.adapter_type is not None and (self.use_parallel_adapter or self.use_adapterp):
@@ -199,6 +226,7 @@ class LorettaRepConfig(_LorettaConfig):
         tensor_rank: the rank of every bond.
         rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
+        matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
@@ -225,15 +253,15 @@ class LorettaRepConfig(_LorettaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORETTA_REP
-        _require_int("r", self.r, 1, WIDEST)
-        _require_number("lora_alpha", self.lora_alpha)
-        _require_patterns("alpha_pattern", self.alpha_pattern)
+        require_int("r", self.r, 1, WIDEST)
+        require_number("lora_alpha", self.lora_alpha)
+        self.alpha_pattern = as_pattern("alpha_pattern", self.alpha_pattern)
         for name, alpha in self.alpha_pattern.items():
-            _require_number(f"alpha_pattern[{name!r}]", alpha)
-        _require_dropout("lora_dropout", self.lora_dropout)
-        _require_choice("bias", self.bias, ("none", "all", "lora_only"))
+            require_number(f"alpha_pattern[{name!r}]", alpha)
+        require_dropout("lora_dropout", self.lora_dropout)
+        require_choice("bias", self.bias, ("none", "all", "lora_only"))
         for name in ("merge_weights", "fan_in_fan_out"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.enable_lora is not None:
             given: Sequence[Any] = self.enable_lora if isinstance(self.enable_lora, (list, tuple)) else ()
             if not any(given) or not all(isinstance(item, bool) for item in given):
@@ -241,65 +269,3 @@ class LorettaRepConfig(_LorettaConfig):
                     f"enable_lora must be a list of bools with at least one True, got {self.enable_lora!r}"
                 )
             self.enable_lora = list(given)
-
-
-def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    if high is not None and value > high:
-        raise ValueError(f"{name} must be at most {high}, got {value!r}")
-
-
-def _require_number(name: str, value: Any, also: str | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number{f' or {also}' if also else ''}, got {value!r}")
-
-
-def _require_dropout(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-
-
-def _require_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def _require_choice(name: str, value: Any, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _require_patterns(name: str, value: Any) -> None:
-    if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
-        raise ValueError(f"{name} must be a dict from module names or regexes, got {value!r}")
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
-
-
-def _as_set(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not _are_names(value):
-        raise ValueError(f"{name} must be a string or a list of module names, got {value!r}")
-    return set(value)
-
-
-def _normalised_modes(tensor_shape: Any) -> dict[str, list[int]] | None:
-    if tensor_shape is None:
-        return None
-    if not isinstance(tensor_shape, dict):
-        raise ValueError(f"tensor_shape must be a dict from a size to its modes, got {tensor_shape!r}")
-    normalised = {}
-    for size, modes in tensor_shape.items():
-        valid = isinstance(modes, (list, tuple)) and all(
-            isinstance(mode, int) and not isinstance(mode, bool) and mode >= 1 for mode in modes
-        )
-        if not valid or not modes or not str(size).isdecimal() or math.prod(modes) != int(size):
-            raise ValueError(
-                f"tensor_shape: the modes of {size} must be positive integers of that product, got {modes!r}"
-            )
-        normalised[str(int(size))] = list(modes)
-    return normalised

@@ -99,7 +99,9 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
 
 def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:
-    """The train of a matrix [in_features, out_features]: the config's explicit modes where it names a size."""
+    """The train of a matrix [in_features, out_features]: the config's own where it names that matrix or a size."""
+    if explicit := config.matrix_shape(in_features, out_features):
+        return explicit
     default = TTShape.for_matrix(in_features, out_features, rank)
     return TTShape(
         config.modes(in_features) or default.in_modes,
