@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from loretta.cli.distributed import engine
 from loretta.cli.errors import UserError, one_line
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
@@ -91,7 +92,9 @@ def load_base(base: Base, tokenizer: Any) -> Any:
         model = AUTO_MODELS[base.task].from_pretrained(**base.source(), **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device()).eval()
+    if engine() == "none":  # FSDP and DeepSpeed place the model themselves, piece by piece
+        model = model.to(device())
+    return model.eval()
 
 
 def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:

@@ -1,0 +1,141 @@
+"""One run in several processes: joining them, agreeing on errors, summing, and gathering what is sharded."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from loretta.cli.errors import UserError
+
+
+def engine() -> str:
+    """Who places the model: "fsdp" or "deepspeed" as `accelerate launch` asks by its variables, else "none"."""
+    for name in ("fsdp", "deepspeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true"):
+            return name
+    return "none"
+
+
+def on_cpu() -> bool:
+    """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
+    return torch.accelerator.current_accelerator() is None and engine() == "none"
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def connect() -> None:
+    """Join the process group of the launcher, if there is one.
+
+    Raises:
+        UserError: where accelerate would go on without one, or would ignore the FSDP or DeepSpeed asked for.
+    """
+    started, wanted = int(os.environ.get("WORLD_SIZE", 1)), engine()
+    try:
+        state = PartialState(cpu=on_cpu())
+    except ImportError as error:
+        raise UserError(f"{wanted} was asked for: {error}") from error
+    if started != state.num_processes:
+        raise UserError(
+            f"this is one of {started} processes, but accelerate connected {state.num_processes}: with {wanted} it "
+            f"needs an accelerator, and the device here is {state.device}; on CPUs use torchrun alone"
+        )
+    if wanted != "none" and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"{wanted} was asked for, but accelerate shards nothing here ({state.num_processes} process(es) on "
+            f"{state.device}): start several processes with an accelerator each, without use_cpu"
+        )
+
+
+def disconnect() -> None:
+    """Leave the process group once every process is done."""
+    if dist.is_initialized():
+        wait()
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def processes() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items: Any) -> Any:
+    """This process's share of a sequence: every n-th item."""
+    return items[dist.get_rank() :: processes()] if dist.is_initialized() else items
+
+
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Each value's sum over the processes."""
+    if processes() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def of_main(value: Any) -> Any:
+    """What process 0 has, in every process."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Where one process raises a UserError, all raise it, so that none waits for another that is gone."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if processes() == 1:
+        if error is not None:
+            raise error
+        return
+    errors: list[str | None] = [None] * processes()
+    dist.all_gather_object(errors, str(error) if error else None)
+    first = next((text for text in errors if text is not None), None)
+    if first is not None:
+        raise UserError(first) from error
+
+
+def count(parameter: torch.nn.Parameter) -> int:
+    """The number of elements, also of a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """What was trained of a sharded model, whole and on the CPU, with every buffer; None for a model not sharded.
+
+    Every process must call it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last layers stay whole after a forward
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if any(hasattr(value, "ds_id") for value in trained.values()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            whole = {name: value.detach().cpu().clone() for name, value in trained.items()}
+    elif any(isinstance(value, DTensor) for value in trained.values()):
+        whole = {name: value.detach().full_tensor().cpu() for name, value in trained.items()}
+    else:
+        return None
+    return whole | {name: value.cpu() for name, value in model.named_buffers()}
