@@ -201,7 +201,6 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     """Everything from the loaded tokenizer to the filled `output.new`."""
     base, args = job.base, job.args
     metric = METRICS[base.task]
-    arguments = training_arguments(job.schedule, output.checkpoints)
     with distributed.agreed():
         tokenizer = load_tokenizer(base)
         seq_len = usable_seq_len(args.seq_len, base, tokenizer)
@@ -210,6 +209,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         examples = encode(job.rows, tokenizer, seq_len, base.labels)
         held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
     collator = Collator(tokenizer.pad_token_id)
+    arguments = training_arguments(job.schedule, output.checkpoints)
 
     say(f"loading {base.model}")
     set_seed(args.seed)

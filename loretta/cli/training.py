@@ -93,7 +93,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     clock = _Clock(on_start)
     trainer.add_callback(clock)
-    trainer.add_callback(_Seal())
+    trainer.add_callback(_Checkpoints())
     if distributed.is_main():
         trainer.add_callback(_Progress())
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -116,8 +116,12 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter()
 
 
-class _Seal(TrainerCallback):
-    """Marks a checkpoint as complete once every process has written its part."""
+class _Checkpoints(TrainerCallback):
+    """No checkpoint at the very end, and a seal on each that every process has written its part of."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # resumed from there, the Trainer would go one step too far
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.wait()

@@ -113,6 +113,8 @@ def with_zero3(method: str) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
         name: hasattr(value, "ds_id") and value.numel() == 0 and value.ds_numel > 0
         for name, value in model.named_parameters()
     }
+    with torch.no_grad():
+        loss_sum(model, rows(0))  # not by the engine's forward, which is more forgiving of where parameters are used
     train_together(engine, engine.backward, engine.step)
     with deepspeed.zero.GatheredParameters(list(trained(model).values())):
         return {name: value.detach().clone() for name, value in trained(model).items()}, sharded
