@@ -12,20 +12,21 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loretta.cli.errors import UserError
+from loretta.cli.errors import UserError, one_line
 
 
 def engine() -> str:
     """Who places the model: "fsdp" or "deepspeed" as `accelerate launch` asks by its variables, else "none"."""
-    for name in ("fsdp", "deepspeed"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true"):
-            return name
-    return "none"
+    return next((name for name in ("fsdp", "deepspeed") if _asked(name)), "none")
+
+
+def _asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what.upper()}", "false").lower() in ("1", "true")
 
 
 def on_cpu() -> bool:
     """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
-    return torch.accelerator.current_accelerator() is None and engine() == "none"
+    return _asked("cpu") or (torch.accelerator.current_accelerator() is None and engine() == "none")
 
 
 def is_main() -> bool:
@@ -40,20 +41,21 @@ def connect() -> None:
         UserError: where accelerate would go on without one, or would ignore the FSDP or DeepSpeed asked for.
     """
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), engine()
+    if wanted != "none" and on_cpu():
+        raise UserError(
+            f"{wanted} was asked for together with use_cpu, where accelerate shards nothing; drop one of them"
+        )
     try:
         state = PartialState(cpu=on_cpu())
     except ImportError as error:
-        raise UserError(f"{wanted} was asked for: {error}") from error
+        raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
     if started != state.num_processes:
         raise UserError(
-            f"this is one of {started} processes, but accelerate connected {state.num_processes}: with {wanted} it "
-            f"needs an accelerator, and the device here is {state.device}; on CPUs use torchrun alone"
+            f"this is one of {started} processes, but accelerate connected {state.num_processes}: {wanted} needs "
+            f"accelerators, and the device here is {state.device}; on CPUs use torchrun alone"
         )
-    if wanted != "none" and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise UserError(
-            f"{wanted} was asked for, but accelerate shards nothing here ({state.num_processes} process(es) on "
-            f"{state.device}): start several processes with an accelerator each, without use_cpu"
-        )
+    if wanted != "none" and state.distributed_type == DistributedType.NO:
+        raise UserError(f"{wanted} was asked for, but one process alone was started, where accelerate shards nothing")
 
 
 def disconnect() -> None:

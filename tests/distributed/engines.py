@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta.cli.distributed import gathered
 from tests.tiny_models import tiny_batch, tiny_model
 
 CONFIGS = {
@@ -87,37 +87,35 @@ def train_together(model: nn.Module, backward: Callable[[torch.Tensor], Any], st
         step()
 
 
-def with_ddp(method: str) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+def with_ddp(method: str) -> tuple[nn.Module, list[bool]]:
+    """Every process with the whole model."""
     model = make_model(method)
-    wrapped = DistributedDataParallel(model)
-    _plainly(wrapped)
-    return {name: value.detach() for name, value in trained(model).items()}, {}
+    _plainly(DistributedDataParallel(model))
+    return model, []
 
 
-def with_fsdp2(method: str) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+def with_fsdp2(method: str) -> tuple[nn.Module, list[bool]]:
+    """Each layer a unit of its own."""
     model = make_model(method)
     for layer in model.get_submodule("base_model.model.model.layers"):
         fully_shard(layer)
     fully_shard(model)
-    sharded = {name: isinstance(value, DTensor) for name, value in model.named_parameters()}
+    sharded = [isinstance(value, DTensor) for value in model.parameters()]
     _plainly(model)
-    return {name: value.detach().full_tensor() for name, value in trained(model).items()}, sharded
+    return model, sharded
 
 
-def with_zero3(method: str) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+def with_zero3(method: str) -> tuple[nn.Module, list[bool]]:
+    """Every parameter partitioned, however small."""
     import deepspeed
 
     model = make_model(method)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser(model), config=ZERO_3)
-    sharded = {
-        name: hasattr(value, "ds_id") and value.numel() == 0 and value.ds_numel > 0
-        for name, value in model.named_parameters()
-    }
+    sharded = [hasattr(value, "ds_id") and value.numel() == 0 and value.ds_numel > 0 for value in model.parameters()]
     with torch.no_grad():
-        loss_sum(model, rows(0))  # not by the engine's forward, which is more forgiving of where parameters are used
+        loss_sum(model, rows(0))  # as evaluation runs it, not through the engine
     train_together(engine, engine.backward, engine.step)
-    with deepspeed.zero.GatheredParameters(list(trained(model).values())):
-        return {name: value.detach().clone() for name, value in trained(model).items()}, sharded
+    return model, sharded
 
 
 def _plainly(model: nn.Module) -> None:
@@ -135,16 +133,18 @@ ENGINES = {"ddp": with_ddp, "fsdp2": with_fsdp2, "zero3": with_zero3}
 
 
 def main(folder: str, *engines: str) -> None:
-    """Run both methods under each engine; process 0 writes what came out."""
+    """Run both methods under each engine; process 0 saves the adapters and what was sharded."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for engine in engines:
         for method in CONFIGS:
-            parameters, sharded = ENGINES[engine](method)
+            model, sharded = ENGINES[engine](method)
+            weights = gathered(model)
             if dist.get_rank() == 0:
-                stem = Path(folder) / f"{engine}-{method}"
-                save_file({name: value.contiguous() for name, value in parameters.items()}, f"{stem}.safetensors")
-                Path(f"{stem}.json").write_text(json.dumps({"world": dist.get_world_size(), "sharded": sharded}))
+                saved = Path(folder) / f"{engine}-{method}"
+                model.save_pretrained(saved, state_dict=weights)
+                facts = {"world": dist.get_world_size(), "sharded": sharded}
+                (saved / "facts.json").write_text(json.dumps(facts))
     dist.destroy_process_group()
 
 
