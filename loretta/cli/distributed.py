@@ -1,6 +1,8 @@
 """One run in several processes: joining them, agreeing on errors, summing, and gathering what is sharded."""
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +51,9 @@ def connect() -> None:
         state = PartialState(cpu=on_cpu())
     except ImportError as error:
         raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # it writes to stdout, where the result goes
     if started != state.num_processes:
         raise UserError(
             f"this is one of {started} processes, but accelerate connected {state.num_processes}: {wanted} needs "
@@ -137,7 +142,12 @@ def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         with deepspeed.zero.GatheredParameters(list(trained.values())):
             whole = {name: value.detach().cpu().clone() for name, value in trained.items()}
     elif any(isinstance(value, DTensor) for value in trained.values()):
-        whole = {name: value.detach().full_tensor().cpu() for name, value in trained.items()}
+        whole = {name: _whole(value.detach()) for name, value in trained.items()}
     else:
         return None
     return whole | {name: value.cpu() for name, value in model.named_buffers()}
+
+
+def _whole(shard: torch.Tensor) -> torch.Tensor:
+    """A tensor of FSDP2 from all processes, on the CPU."""
+    return (shard.full_tensor() if isinstance(shard, DTensor) else shard).cpu()

@@ -164,7 +164,8 @@ def run(args: argparse.Namespace) -> None:
         with distributed.agreed():
             job = _checked(args)
             output = OutputFolder(args.output)
-            checkpoint, record = None, {}
+            checkpoint: Path | None = None
+            record: dict[str, Any] = {}
             if distributed.is_main():
                 stack.enter_context(output)
                 checkpoint, record = start_or_resume(output, job.settings(), args.resume)
@@ -209,7 +210,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         examples = encode(job.rows, tokenizer, seq_len, base.labels)
         held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
     collator = Collator(tokenizer.pad_token_id)
-    arguments = training_arguments(job.schedule, output.checkpoints)
+    arguments = training_arguments(job.schedule, output.checkpoints, base.dtype)
 
     say(f"loading {base.model}")
     set_seed(args.seed)

@@ -42,11 +42,12 @@ class Outcome:
     losses: list[tuple[int, float]]
 
 
-def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:
+def training_arguments(schedule: Schedule, checkpoints: Path, dtype: str) -> TrainingArguments:
     """The Trainer's arguments; to be made before the model, which transformers then loads as the engine needs it.
 
     Args:
         checkpoints: folder for the checkpoints that `schedule.save_steps` asks for.
+        dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes.
     """
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -73,6 +74,7 @@ def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArgumen
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         use_cpu=distributed.on_cpu(),
+        bf16=dtype == "bfloat16" and distributed.engine() != "none",
     )
 
 

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from loretta import get_peft_model
+from loretta.cli.distributed import engine
 from loretta.cli.errors import UserError, one_line
 from loretta.cli.models import AUTO_MODELS
 
@@ -33,7 +34,8 @@ def wrapped(model: Any, config: Any) -> Any:
         UserError: where the model has no such targets, or they cannot be adapted.
     """
     try:
-        return get_peft_model(model, config)
+        # DeepSpeed takes one dtype for all that is trained, the base's, and keeps a float32 copy itself
+        return get_peft_model(model, config, autocast_adapter_dtype=engine() != "deepspeed")
     except ValueError as error:
         raise UserError(f"the method does not fit this model: {one_line(error)}") from error
 

@@ -1,12 +1,13 @@
 """The command line in one of several CPU processes that accelerate takes for accelerators, so that it shards.
 
-accelerate gives CPUs plain data parallelism whatever is asked of it, so that alone is changed here: the backend and the
-kind of the processes. What is then sharded, run and saved is its own and PyTorch's work.
+accelerate gives CPUs plain data parallelism whatever is asked of it, and transformers no bfloat16 unless told that they
+are CPUs, so that alone is changed here. What is then sharded, run and saved is their own and PyTorch's work.
 """
 
 import os
 import sys
 
+import transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -42,5 +43,6 @@ def saying_what_is_sharded(self: Trainer, *args: object, **kwargs: object) -> ob
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = gloo_as_accelerator
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     Trainer._inner_training_loop = saying_what_is_sharded
     sys.exit(main())

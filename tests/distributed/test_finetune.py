@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -68,6 +69,26 @@ def test_equals_one_process_with_the_same_global_batch(loretta, llama, questions
         assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
     for name in ("base_parameters", "trainable_parameters", "steps"):
         assert result[name] == alone[name]
+
+
+@pytest.mark.parametrize(
+    ("engine", "saved"),
+    [
+        pytest.param("fsdp2", torch.float32, marks=pytest.mark.slow),
+        pytest.param("zero3", torch.bfloat16, marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_a_bfloat16_base_learns(llama, questions, tmp_path, engine, saved) -> None:
+    (start, variables), out = LAUNCHES[engine], tmp_path / "out"
+    if engine == "zero3":
+        variables = variables | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(HERE.parents[1] / "configs" / "zero3.json")}
+    command = ["finetune", "--model", llama, "--data", questions, "--method", "adp", *METHODS["adp"], "--json"]
+    command += ["--steps", 6, "--batch-size", 2, "--grad-accum", 2, "--gradient-checkpointing", "--output", out]
+    ran = torchrun(*start, *command, "--dtype", "bfloat16", **variables)
+    assert ran.returncode == 0, ran.stderr
+    (result,) = (json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{"))
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.05
+    assert {value.dtype for value in load_file(out / "adapter_model.safetensors").values()} == {saved}
 
 
 @pytest.fixture
