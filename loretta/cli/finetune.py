@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from loretta.cli import options
+from loretta.cli import distributed, options
 from loretta.cli.checkpoints import fingerprint, start_or_resume
 from loretta.cli.encode import Collator, encode, label_names
 from loretta.cli.errors import UserError
@@ -20,8 +21,8 @@ from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
 from loretta.cli.plot import need_matplotlib, plot_losses
 from loretta.cli.report import say, show, shown_bytes, shown_metric
 from loretta.cli.rows import Rows, read_rows
-from loretta.cli.training import Outcome, Schedule, train
-from loretta.cli.wrapping import skeleton, wrapped
+from loretta.cli.training import Outcome, Schedule, train, training_arguments
+from loretta.cli.wrapping import base_only, skeleton, wrapped
 
 EPILOG = f"""\
 {options.DATA_FORMATS}
@@ -57,7 +58,16 @@ class Job:
         model = {"model": self.base.model, "gguf": self.base.gguf, "task": self.base.task, "dtype": self.base.dtype}
         model["quant"] = self.base.quant
         data = {"data": fingerprint(args.data), "eval_limit": args.eval_limit, "seq_len": args.seq_len}
-        return model | data | held_out | schedule | {"method": args.method} | method_settings(self.config, args.method)
+        run = {"processes": distributed.processes(), "engine": distributed.engine()}
+        return (
+            model
+            | data
+            | held_out
+            | schedule
+            | run
+            | {"method": args.method}
+            | method_settings(self.config, args.method)
+        )
 
 
 def add_parser(commands: Any) -> None:
@@ -103,7 +113,13 @@ def add_parser(commands: Any) -> None:
         "--lr", type=options.positive, default=1e-2, metavar="X",
         help="learning rate (default 0.01: tensor-train products need far more than LoRA)",
     )  # fmt: skip
-    training.add_argument("--batch-size", type=options.positive_int, default=8, metavar="N", help="default 8")
+    training.add_argument(
+        "--batch-size",
+        type=options.positive_int,
+        default=8,
+        metavar="N",
+        help="in each process (default 8)",
+    )
     training.add_argument(
         "--grad-accum", type=options.positive_int, default=1, metavar="N", help="batches a step (default 1)"
     )
@@ -140,13 +156,26 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked first, then train, then swap the result in."""
-    job = _checked(args)
-    with OutputFolder(args.output) as output:
-        checkpoint, record = start_or_resume(output, job.settings(), args.resume)
+    """Check everything that can be checked first, then train, then swap the result in.
+
+    Of several processes all train, and the first one alone writes and speaks.
+    """
+    distributed.connect()
+    with ExitStack() as stack:
+        with distributed.agreed():
+            job = _checked(args)
+            output = OutputFolder(args.output)
+            checkpoint: Path | None = None
+            record: dict[str, Any] = {}
+            if distributed.is_main():
+                stack.enter_context(output)
+                checkpoint, record = start_or_resume(output, job.settings(), args.resume)
+        checkpoint, record = distributed.of_main((checkpoint, record))
         result = _train(job, output, checkpoint, record)
-        output.publish()
-    _show(result, args.json)
+        if distributed.is_main():
+            output.publish()
+            _show(result, args.json)
+    distributed.disconnect()
 
 
 def _checked(args: argparse.Namespace) -> Job:
@@ -174,35 +203,51 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     """Everything from the loaded tokenizer to the filled `output.new`."""
     base, args = job.base, job.args
     metric = METRICS[base.task]
-    tokenizer = load_tokenizer(base)
-    seq_len = usable_seq_len(args.seq_len, base, tokenizer)
-    with torch.device("meta"):  # whether the method fits shows before any weight is loaded
-        wrapped(skeleton(load_config(base), base.task, base.model), job.config)
-    examples = encode(job.rows, tokenizer, seq_len, base.labels)
-    held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
+    with distributed.agreed():
+        tokenizer = load_tokenizer(base)
+        seq_len = usable_seq_len(args.seq_len, base, tokenizer)
+        with torch.device("meta"):  # whether the method fits shows before any weight is loaded
+            wrapped(skeleton(load_config(base), base.task, base.model), job.config)
+        examples = encode(job.rows, tokenizer, seq_len, base.labels)
+        held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
     collator = Collator(tokenizer.pad_token_id)
+    arguments = training_arguments(job.schedule, output.checkpoints, base.dtype)
 
     say(f"loading {base.model}")
     set_seed(args.seed)
     model = load_base(base, tokenizer)
-    total = model.num_parameters()  # numel() of a 4-bit weight counts its bytes
+    if distributed.engine() == "none":
+        total = model.num_parameters()  # of a 4-bit weight numel() counts the bytes
+    else:
+        total = sum(distributed.count(parameter) for parameter in model.parameters())
     say(f"{len(examples)} examples to train on, {len(held_out)} held out, at most {seq_len} tokens each")
-    if "before" not in record:
-        record["before"] = evaluate(model, held_out, collator, args.batch_size, base.task, "before")
-        write_json(output.run_file, record)
-    before = record["before"]
-    say(f"before: {metric} {shown_metric(metric, before[metric])}")
-
     set_seed(args.seed)
     model = wrapped(model, job.config)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    outcome = train(model, examples, collator, job.schedule, output.checkpoints, checkpoint)
-    after = evaluate(model, held_out, collator, args.batch_size, base.task, "after")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = sum(distributed.count(parameter) for parameter in trained)
+
+    def measure(title: str) -> dict[str, float]:
+        return evaluate(model, held_out, collator, args.batch_size, base.task, title)
+
+    def on_start() -> None:
+        if "before" not in record:
+            with base_only(model):
+                record["before"] = measure("before")
+            if distributed.is_main():
+                write_json(output.run_file, record)
+        say(f"before: {metric} {shown_metric(metric, record['before'][metric])}")
+
+    outcome = train(model, examples, collator, arguments, checkpoint, on_start)
+    before, after = record["before"], measure("after")
     if not math.isfinite(after["loss"]):
-        output.drop_checkpoints()
+        if distributed.is_main():
+            output.drop_checkpoints()
         raise UserError(f"the training diverged (held-out loss {after['loss']}); nothing was saved; lower --lr")
 
-    model.save_pretrained(output.new)
+    weights = distributed.gathered(model)
+    if not distributed.is_main():
+        return {}
+    model.save_pretrained(output.new, state_dict=weights)
     result = {
         "method": args.method,
         "model": base.model,
@@ -213,6 +258,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         "labels": base.labels,
         "seq_len": seq_len,
         "batch_size": args.batch_size,
+        "processes": distributed.processes(),
         "trainable_parameters": trainable,
         "base_parameters": total,
         "steps": outcome.steps,

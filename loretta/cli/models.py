@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from loretta.cli.distributed import engine
 from loretta.cli.errors import UserError, one_line
 from loretta.quantised import keep_unpacked
 
@@ -110,7 +111,9 @@ def load_base(base: Base, tokenizer: Any) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     keep_unpacked(model)
-    return (model if "device_map" in options else model.to(device())).eval()
+    if "device_map" not in options and engine() == "none":  # FSDP and DeepSpeed place the model themselves
+        model = model.to(device())
+    return model.eval()
 
 
 def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:

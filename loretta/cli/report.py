@@ -4,10 +4,13 @@ import json
 import sys
 from typing import Any
 
+from loretta.cli.distributed import is_main
+
 
 def say(line: str) -> None:
-    """One line of progress."""
-    print(line, file=sys.stderr, flush=True)
+    """One line of progress, said by one process only."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def show(result: dict[str, Any], lines: list[tuple[str, str]], as_json: bool) -> None:

@@ -1,6 +1,8 @@
 """Training on transformers' Trainer, with progress on stderr and nothing on stdout."""
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from loretta.cli import distributed
+from loretta.cli.checkpoints import seal
 from loretta.cli.encode import Collator, Examples
 
 
@@ -38,15 +42,14 @@ class Outcome:
     losses: list[tuple[int, float]]
 
 
-def train(
-    model: Any, examples: Examples, collator: Collator, schedule: Schedule, checkpoints: Path, resume_from: Path | None
-) -> Outcome:
-    """Train the model in place, going on from a checkpoint where one is given.
+def training_arguments(schedule: Schedule, checkpoints: Path, dtype: str) -> TrainingArguments:
+    """The Trainer's arguments; to be made before the model, which transformers then loads as the engine needs it.
 
     Args:
         checkpoints: folder for the checkpoints that `schedule.save_steps` asks for.
+        dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes.
     """
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=schedule.lr,
         max_steps=schedule.steps or -1,
@@ -70,13 +73,62 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
+        use_cpu=distributed.on_cpu(),
+        bf16=dtype == "bfloat16" and distributed.engine() != "none",
     )
+
+
+def train(
+    model: Any,
+    examples: Examples,
+    collator: Collator,
+    arguments: TrainingArguments,
+    resume_from: Path | None,
+    on_start: Callable[[], None],
+) -> Outcome:
+    """Train the model in place, going on from a checkpoint where one is given.
+
+    Args:
+        on_start: called when the model is ready to be run as the engine wants it, before the first step.
+    """
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress())
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    clock = _Clock(on_start)
+    trainer.add_callback(clock)
+    trainer.add_callback(_Checkpoints())
+    if distributed.is_main():
+        trainer.add_callback(_Progress())
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Outcome(trainer.state.global_step, result.metrics["train_runtime"], losses)
+    return Outcome(trainer.state.global_step, clock.seconds, losses)
+
+
+class _Clock(TrainerCallback):
+    """What comes before the first step, and how long the steps take."""
+
+    def __init__(self, on_start: Callable[[], None]):
+        self.on_start = on_start
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_start()
+        self.seconds = -time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter()
+
+
+class _Checkpoints(TrainerCallback):
+    """No checkpoint at the very end, and a seal on each that every process has written its part of."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # resumed from there, the Trainer would go one step too far
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        distributed.wait()
+        if distributed.is_main():
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _Progress(TrainerCallback):

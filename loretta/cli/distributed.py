@@ -1,0 +1,153 @@
+"""One run in several processes: joining them, agreeing on errors, summing, and gathering what is sharded."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from loretta.cli.errors import UserError, one_line
+
+
+def engine() -> str:
+    """Who places the model: "fsdp" or "deepspeed" as `accelerate launch` asks by its variables, else "none"."""
+    return next((name for name in ("fsdp", "deepspeed") if _asked(name)), "none")
+
+
+def _asked(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what.upper()}", "false").lower() in ("1", "true")
+
+
+def on_cpu() -> bool:
+    """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
+    return _asked("cpu") or (torch.accelerator.current_accelerator() is None and engine() == "none")
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def connect() -> None:
+    """Join the process group of the launcher, if there is one.
+
+    Raises:
+        UserError: where accelerate would go on without one, or would ignore the FSDP or DeepSpeed asked for.
+    """
+    started, wanted = int(os.environ.get("WORLD_SIZE", 1)), engine()
+    if wanted != "none" and on_cpu():
+        raise UserError(
+            f"{wanted} was asked for together with use_cpu, where accelerate shards nothing; drop one of them"
+        )
+    try:
+        state = PartialState(cpu=on_cpu())
+    except ImportError as error:
+        raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # it writes to stdout, where the result goes
+    if started != state.num_processes:
+        raise UserError(
+            f"this is one of {started} processes, but accelerate connected {state.num_processes}: {wanted} needs "
+            f"accelerators, and the device here is {state.device}; on CPUs use torchrun alone"
+        )
+    if wanted != "none" and state.distributed_type == DistributedType.NO:
+        raise UserError(f"{wanted} was asked for, but one process alone was started, where accelerate shards nothing")
+
+
+def disconnect() -> None:
+    """Leave the process group once every process is done."""
+    if dist.is_initialized():
+        wait()
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def processes() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items: Any) -> Any:
+    """This process's share of a sequence: every n-th item."""
+    return items[dist.get_rank() :: processes()] if dist.is_initialized() else items
+
+
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Each value's sum over the processes."""
+    if processes() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def of_main(value: Any) -> Any:
+    """What process 0 has, in every process."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Where one process raises a UserError, all raise it, so that none waits for another that is gone."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if processes() == 1:
+        if error is not None:
+            raise error
+        return
+    errors: list[str | None] = [None] * processes()
+    dist.all_gather_object(errors, str(error) if error else None)
+    first = next((text for text in errors if text is not None), None)
+    if first is not None:
+        raise UserError(first) from error
+
+
+def count(parameter: torch.nn.Parameter) -> int:
+    """The number of elements, also of a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """What was trained of a sharded model, whole and on the CPU, with every buffer; None for a model not sharded.
+
+    Every process must call it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last layers stay whole after a forward
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if any(hasattr(value, "ds_id") for value in trained.values()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            whole = {name: value.detach().cpu().clone() for name, value in trained.items()}
+    elif any(isinstance(value, DTensor) for value in trained.values()):
+        whole = {name: _whole(value.detach()) for name, value in trained.items()}
+    else:
+        return None
+    return whole | {name: value.cpu() for name, value in model.named_buffers()}
+
+
+def _whole(shard: torch.Tensor) -> torch.Tensor:
+    """A tensor of FSDP2 from all processes, on the CPU."""
+    return (shard.full_tensor() if isinstance(shard, DTensor) else shard).cpu()

@@ -1,0 +1,3 @@
+"""The command line's tiny model and text."""
+
+from tests.cli.conftest import book, tokenizer  # noqa: F401
