@@ -71,7 +71,7 @@ def peers_of(problem: Problem) -> Iterator[tuple[str, Callable[[], Peer]]]:
 
 
 def copy_of_the_bytes(problem: Problem) -> Work:
-    """A copy of what forward, then backward cannot avoid to move: x, the base output where there is one, y; dy, x, dx."""
+    """A copy of what must move: forward x, the base output where there is one, and y; backward dy, x and dx."""
     row = problem.cell.N * problem.cell.d * problem.dtype.itemsize
     source = torch.empty(3 * row, dtype=torch.uint8, device=problem.device)
     target = torch.empty_like(source)

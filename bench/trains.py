@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def wave_cores(modes: Sequence[int], rank: int, scale: float, seed: int) -> list[Tensor]:
-    """Cores `[r, n, r']` in fp64 of `scale · (sum of waves)`, whose entries have mean square `scale² · (rank + 1) // 2`.
+    """Cores `[r, n, r']` in fp64 of `scale · (sum of waves)`; about `rank / 2` waves, so many times scale² in variance.
 
     Args:
         modes: of the flat index, the slowest first, two or more. Other modes of the same product give the same entries.

@@ -1,0 +1,141 @@
+"""A training step of a Llama with each method: pytest bench/bench_training_step.py.
+
+Adapters at the same places compute the same function, whoever implements them: that is checked, on logits and on the
+gradient of the embeddings, before anything is timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from bench.memory import peak_bytes
+from bench.models import BASE, LORA, OURS, RELEASED, Step, llama, methods, set_functions, sharing
+from bench.peers import BARS
+from bench.timing import DROPPED, Rounds, Work
+from bench.upstream import Unavailable
+
+SAME = {OURS["adp"]: (RELEASED["adp"],), OURS["rep"]: (RELEASED["rep"], LORA)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and its batch."""
+
+    name: str
+    layers: int
+    vocabulary: int
+    tokens: int
+    checkpointing: bool = False
+    only_on: str | None = None
+
+
+SETTINGS = (
+    Setting("llama 4096 x 2 layers", 2, 512, 128, only_on="cpu"),
+    Setting("llama 4096 x 2 layers", 2, 32000, 2048, only_on="cuda"),
+    Setting("llama-2-7b", 32, 32000, 2048, only_on="cuda"),
+    Setting("llama-2-7b checkpointing", 32, 32000, 2048, checkpointing=True, only_on="cuda"),
+)
+
+
+@pytest.mark.parametrize(
+    "setting", SETTINGS, ids=lambda setting: setting.name.replace(" ", "-") + f"-{setting.only_on}"
+)
+def test_training_step(setting: Setting, dtype, device, benchmark, record) -> None:
+    if setting.only_on != device.type:
+        pytest.skip(f"on {setting.only_on}")
+    steps, unavailable = _steps(setting, dtype, device)
+    red = {
+        peer: error
+        for ours, others in SAME.items()
+        for peer in others
+        if peer in steps and (error := _difference(steps[peer], steps[ours])) > 10 * BARS[dtype]
+    }
+    works = {}
+    for name, step in steps.items():
+        if name not in red:
+            works[name] = Work(step.forward, step.backward)
+            works[f"{name}: optimiser"] = Work(step.optimise)
+    works[f"{BASE} again"] = works[BASE]
+    rounds = Rounds(works, device)
+    for _ in range(DROPPED):
+        rounds()
+    benchmark.pedantic(rounds, rounds=5 if device.type == "cpu" else 15, iterations=1)
+    found = _record(setting, dtype, device, rounds, {name: steps[name] for name in steps if name not in red})
+    found |= {"red": red, "unavailable": unavailable}
+    benchmark.extra_info.update(found)
+    record(found)
+    assert not red, f"{setting.name}: not the same logits and gradient as ours: {red}"
+
+
+def _steps(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Step], dict[str, str]]:
+    """A step for each method that runs, and why the others do not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=setting.layers, vocab_size=setting.vocabulary, use_cache=False)
+    base = llama(config, dtype, device)
+    if setting.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    embeddings = torch.randn(1, setting.tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.randint(setting.vocabulary, (1, setting.tokens), device=device)
+    steps, unavailable = {BASE: Step(sharing(base), embeddings, labels)}, {}
+    for name, wrap in methods().items():
+        try:
+            with torch.device(device):
+                model = wrap(sharing(base)).to(device)
+            set_functions(model)
+            steps[name] = Step(model, embeddings, labels)
+        except Unavailable as error:
+            unavailable[name] = str(error)
+        except Exception as error:
+            if name not in RELEASED.values():
+                raise
+            unavailable[name] = f"{type(error).__name__}: {error}"[:200]
+    return steps, unavailable
+
+
+def _difference(step: Step, other: Step) -> float:
+    """The larger of two relative differences: of the logits, and of the embeddings' gradient."""
+    found, expected = ((_logits(s), s.backward(s.forward())[0]) for s in (step, other))
+    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _logits(step: Step) -> Tensor:
+    with torch.no_grad():
+        return step.model(inputs_embeds=step.embeddings).logits
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return ((a - b).float().norm() / b.float().norm()).item()
+
+
+def _record(
+    setting: Setting, dtype: torch.dtype, device: torch.device, rounds: Rounds, steps: dict[str, Step]
+) -> dict[str, Any]:
+    """What each method took and allocated; of a step, forward, backward and optimiser together."""
+    times = rounds.summary()
+    again = times.pop(f"{BASE} again")
+    found = {}
+    for name, step in steps.items():
+        optimiser = times[f"{name}: optimiser"]["forward"]
+        total = times[name]["both"] + optimiser
+        found[name] = times[name] | {
+            "optimiser": optimiser,
+            "step": total,
+            "tokens_per_second": 1000 * setting.tokens / total,
+            "peak_bytes": peak_bytes(lambda step=step: step.backward(step.forward()), device),
+            "trainable": sum(parameter.numel() for parameter in step.parameters),
+        }
+    return {
+        "model": setting.name,
+        "tokens": setting.tokens,
+        "checkpointing": setting.checkpointing,
+        "dtype": str(dtype).removeprefix("torch."),
+        "drift": again["both"] / times[BASE]["both"] - 1,
+        "methods": found,
+    }
