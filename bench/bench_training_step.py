@@ -32,14 +32,17 @@ class Setting:
     vocabulary: int
     tokens: int
     checkpointing: bool = False
-    only_on: str | None = None
+    only_on: str = "cuda"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.only_on}".replace(" ", "-")
 
 
 SETTINGS = (
     Setting("llama 4096 x 2 layers", 2, 512, 128, only_on="cpu"),
-    Setting("llama 4096 x 2 layers", 2, 32000, 2048, only_on="cuda"),
-    Setting("llama-2-7b", 32, 32000, 2048, only_on="cuda"),
-    Setting("llama-2-7b checkpointing", 32, 32000, 2048, checkpointing=True, only_on="cuda"),
+    Setting("llama 4096 x 2 layers", 2, 32000, 2048),
+    Setting("llama-2-7b", 32, 32000, 2048),
+    Setting("llama-2-7b checkpointing", 32, 32000, 2048, checkpointing=True),
 )
 
 

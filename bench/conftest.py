@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = cells(metafunc.module.KIND, options("--grid"), options("--device"))
         sizes = options("--sizes")
         chosen = [cell for cell in chosen if sizes is None or cell.d in sizes]
-        metafunc.parametrize("cell", chosen, ids=lambda cell: cell.name.replace(" ", "-"))
+        metafunc.parametrize("cell", chosen, ids=lambda cell: cell.name.replace(" ", "-").replace("=", ""))
 
 
 @pytest.fixture(scope="session")
