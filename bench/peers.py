@@ -7,7 +7,6 @@ faster choice for them; our cores are in fp32, as our layers keep them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -99,17 +98,33 @@ def _loretta(problem: Problem, name: str, compiled: bool = False) -> Peer:
     leaves = _with_biases(problem, {f"cores{k}": problem.cores(k) for k in range(len(problem.shapes))})
     shapes, base = problem.shapes, problem.base
 
-    def call() -> Tensor:
-        with backend(name) if not compiled else nullcontext():
-            if problem.cell.kind == "cls":
-                return tt_linear(leaves["x"], leaves["cores0"], shapes[0], leaves["bias0"])
-            first = leaves["x"], leaves["cores0"], shapes[0]
-            if problem.cell.kind == "rep":
-                return tt_lora(*first, leaves["cores1"], shapes[1], scale=SCALE, residual=base)
-            second = leaves["bias0"], leaves["cores1"], shapes[1], leaves["bias1"]
-            return tt_adapter(*first, *second, residual=leaves["x"])
+    def operator() -> Tensor:
+        if problem.cell.kind == "cls":
+            return tt_linear(leaves["x"], leaves["cores0"], shapes[0], leaves["bias0"])
+        first = leaves["x"], leaves["cores0"], shapes[0]
+        if problem.cell.kind == "rep":
+            return tt_lora(*first, leaves["cores1"], shapes[1], scale=SCALE, residual=base)
+        second = leaves["bias0"], leaves["cores1"], shapes[1], leaves["bias1"]
+        return tt_adapter(*first, *second, residual=leaves["x"])
 
-    return Peer(torch.compile(call, fullgraph=True) if compiled else call, leaves)
+    run = _compiled(operator) if compiled else operator
+
+    def call() -> Tensor:
+        with backend(name):
+            return run()
+
+    return Peer(call, leaves)
+
+
+def _compiled(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The function under torch.compile, compiled."""
+    torch._dynamo.config.recompile_limit = 64  # one for each size
+    compiled = torch.compile(function, fullgraph=True)
+    try:
+        compiled()
+    except Exception as error:
+        raise Unavailable(f"torch.compile: {type(error).__name__}: {error}"[:200]) from error
+    return compiled
 
 
 def _sides(cores: Tensor, shape: TTShape) -> tuple[Tensor, Tensor]:
@@ -143,7 +158,7 @@ def _plain(problem: Problem) -> Peer:
         h = h + leaves["bias0"]
         return h if kind == "cls" else leaves["x"] + project(torch.relu(h), 1) + leaves["bias1"]
 
-    return Peer(torch.compile(call, fullgraph=True), leaves)
+    return Peer(_compiled(call), leaves)
 
 
 def _upstream(problem: Problem) -> Peer:
