@@ -49,11 +49,11 @@ def _operator(record: dict[str, Any]) -> Iterator[Row]:
 
 def _training(record: dict[str, Any]) -> Iterator[Row]:
     """The adapters' share of a step."""
-    methods, base = record["methods"], record["methods"]["frozen base"]["step"]
+    methods = record["methods"]
     for kind in KINDS:
         names: Sequence[str] = (f"loretta {kind}", f"upstream {kind}")
         if all(name in methods for name in names):
-            ours, upstream = (methods[name]["step"] / base - 1 for name in names)
+            ours, upstream = (methods[name]["share"] for name in names)
             what = (
                 f"{record['model']}, {record['tokens']} tokens, {kind}: share over the frozen base, ours / upstream's"
             )

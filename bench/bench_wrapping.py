@@ -14,7 +14,7 @@ from bench.timing import DROPPED, Rounds, Work
 from bench.upstream import Unavailable, load
 from loretta import get_peft_model
 
-ROUNDS = 5
+ROUNDS = 3
 META_SECONDS = 5.0
 
 

@@ -16,7 +16,7 @@ from bench.grid import cells
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft")
-SECONDS = {"quick": 1.0, "full": 2.0}
+SECONDS = {"quick": 0.7, "full": 2.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import upstream
+from bench.memory import peak_bytes
 from bench.trains import flat, wave_cores
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.tensor_train import TensorTrain
@@ -102,6 +103,10 @@ class Step:
     """A model's forward, backward and optimiser, on given embeddings.
 
     The embeddings need a gradient in every model, the frozen base too: all of them send it down the whole model.
+
+    Attributes:
+        answers: the loss and the gradient of the embeddings.
+        peak_bytes: the most that forward and backward have allocated at once.
     """
 
     def __init__(self, model: nn.Module, embeddings: Tensor, labels: Tensor) -> None:
@@ -109,8 +114,21 @@ class Step:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A rate of 0 keeps the function what it was checked to be, at the cost of any other.
         self.optimiser = torch.optim.AdamW(self.parameters, lr=0.0) if self.parameters else None
-        for parameter, gradient in zip(self.parameters, self.backward(self.forward())[1:], strict=True):
+        self.answers: tuple[Tensor, ...] = ()
+        self.peak_bytes = peak_bytes(self._answer, embeddings.device)
+
+    def _answer(self) -> None:
+        """Keep the loss and the embeddings' gradient, and give the optimiser its gradients."""
+        loss = self.forward()
+        of_embeddings, *gradients = self.backward(loss)
+        self.answers = loss.detach(), of_embeddings
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+    def difference(self, other: Step) -> float:
+        """The larger relative difference: of the losses, or of the gradients of the embeddings."""
+        pairs = zip(self.answers, other.answers, strict=True)
+        return max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
 
     def forward(self) -> Tensor:
         """The loss."""

@@ -43,12 +43,12 @@ def plot_operator(records: Sequence[Record], path: Path, title: str) -> None:
         if name != ours and name not in LIMITS:
             _line(ratios, [r for r in chosen if ours in r["peers"]], name, lambda p, n: p[n]["both"] / p[ours]["both"])
         if name not in LIMITS:
-            _line(memory, chosen, name, lambda peers, name: peers[name]["saved_bytes"] / 2**20)
+            _line(memory, chosen, name, lambda peers, name: peers[name]["saved_bytes"] / 2**10, per_row=True)
     ratios.axhline(1, color="C0", linewidth=1)
     for axis, what in (
         (times, "time [ms]"),
         (ratios, f"time over that of {ours}"),
-        (memory, "kept for backward [MiB]"),
+        (memory, "kept for backward, per row [KiB]"),
     ):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -63,9 +63,15 @@ def plot_operator(records: Sequence[Record], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _line(axis: Any, records: Sequence[Record], name: str, value: Callable[[dict, str], float]) -> None:
+def _line(
+    axis: Any, records: Sequence[Record], name: str, value: Callable[[dict, str], float], per_row: bool = False
+) -> None:
     """One peer over N, where it was measured."""
-    points = [(record["N"], value(record["peers"], name)) for record in records if name in record["peers"]]
+    points = [
+        (record["N"], value(record["peers"], name) / (record["N"] if per_row else 1))
+        for record in records
+        if name in record["peers"]
+    ]
     color, style = STYLES[name]
     axis.plot(*zip(*points, strict=True), style, color=color, label=LABELS.get(name, name))
 

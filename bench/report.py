@@ -113,7 +113,6 @@ def _reasons(records: Iterable[dict[str, Any]]) -> str:
 
 def _training(record: dict[str, Any]) -> str:
     """A line for each method."""
-    base = record["methods"]["frozen base"]["step"]
     rows = [
         [
             name,
@@ -122,14 +121,15 @@ def _training(record: dict[str, Any]) -> str:
             f"{found['spread']:.1%}",
             f"{found['tokens_per_second']:.4g}",
             f"{found['peak_bytes'] / MIB:.4g}",
-            f"{found['step'] / base - 1:+.1%}",
+            f"{found['share']:+.1%}",
+            f"{found['share_low']:+.1%} to {found['share_high']:+.1%}",
         ]
         for name, found in record["methods"].items()
     ]
     header = ["method", "trainable", "forward ms", "backward ms", "optimiser ms", "step ms", "spread", "tokens/s"]
     title = f"{record['model']}, {record['tokens']} tokens, {record['dtype']}; the frozen base twice: "
-    title += f"{record['drift']:+.1%}. The last column is the adapters' share over the frozen base."
-    return f"{title}\n\n{table([*header, 'peak MiB', 'share'], rows)}{_reasons([record])}"
+    title += f"{record['drift']:+.1%}. The share is what a method adds to the frozen base, over it, within a round."
+    return f"{title}\n\n{table([*header, 'peak MiB', 'share', 'its quartiles'], rows)}{_reasons([record])}"
 
 
 def _wrapping(records: Sequence[dict[str, Any]]) -> str:

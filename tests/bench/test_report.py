@@ -71,7 +71,9 @@ def test_bars_hold_or_miss():
 
 def test_the_share_of_a_step_is_over_the_frozen_base(written):
     def method(step: float) -> dict:
-        return timed(step) | {"step": step, "optimiser": 0.0, "tokens_per_second": 1, "peak_bytes": 1, "trainable": 1}
+        share = {"share": step / 100 - 1, "share_low": 0.0, "share_high": 0.3}
+        rest = {"step": step, "optimiser": 0.0, "tokens_per_second": 1, "peak_bytes": 1, "trainable": 1}
+        return timed(step) | rest | share
 
     methods = {"frozen base": method(100), "loretta adp": method(104), "upstream adp": method(120)}
     step = {"model": "llama", "tokens": 8, "dtype": "float32", "drift": 0.0, "methods": methods}
