@@ -23,7 +23,13 @@ SAME = {OURS["adp"]: (RELEASED["adp"],), OURS["rep"]: (RELEASED["rep"], LORA)}
 
 
 SECONDS = 20.0  # of rounds; five rounds at least
-SMALL = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=512)
+SMALL = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "vocab_size": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("llama 4096 x 2 layers", dict(num_hidden_layers=2, vocab_size=512), 32, only_on="cpu"),
+    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2, "vocab_size": 512}, 32, only_on="cpu"),
     Setting("llama 768 x 4 layers", SMALL, 128, only_on="cpu"),
-    Setting("llama 4096 x 2 layers", dict(num_hidden_layers=2), 2048),
+    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2}, 2048),
     Setting("llama-2-7b", {}, 2048),
     Setting("llama-2-7b checkpointing", {}, 2048, checkpointing=True),
 )
