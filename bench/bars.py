@@ -39,9 +39,9 @@ def _operator(record: dict[str, Any]) -> Iterator[Row]:
             yield _at_least(f"{where}: upstream / ours", bar, upstream["both"] / ours["both"])
         if kind == "adp" and N >= 128:
             yield _at_most(f"{where}: bytes kept, ours / upstream", 0.65, ours["saved_bytes"] / upstream["saved_bytes"])
-    if kind == "adp" and N >= 128:
+    if "dense" in peers and N >= 128:
         yield _at_least(f"{where}: dense bottleneck / ours", 1.0, peers["dense"]["both"] / ours["both"])
-    if kind == "rep" and N == 512:
+    if "LoRA r=8" in peers and N == 512:
         spread = max(ours["spread"], peers["LoRA r=8"]["spread"])
         ratio = peers["LoRA r=8"]["both"] / ours["both"]
         yield _at_least(f"{where}: LoRA r = 8 / ours, within the spread", 1.0 - spread, ratio)

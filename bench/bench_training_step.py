@@ -16,13 +16,13 @@ from transformers import LlamaConfig
 
 from bench.models import BASE, LORA, OURS, RELEASED, Step, llama, methods, set_functions, sharing
 from bench.peers import BARS
-from bench.timing import DROPPED, Rounds, Work
+from bench.timing import Rounds, Work
 from bench.upstream import Unavailable
 
 SAME = {OURS["adp"]: (RELEASED["adp"],), OURS["rep"]: (RELEASED["rep"], LORA)}
 
 
-SECONDS = 20.0  # of rounds; five rounds at least
+SECONDS = 20.0  # of rounds; four rounds at least
 SMALL = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -74,10 +74,8 @@ def test_training_step(setting: Setting, dtype, device, benchmark, record) -> No
             works[name] = Work(step.forward, step.backward)
             works[f"{name}: optimiser"] = Work(step.optimise)
     works[f"{BASE} again"] = works[BASE]
-    rounds = Rounds(works, device)
-    for _ in range(DROPPED):
-        rounds()
-    benchmark.pedantic(rounds, rounds=rounds.needed(SECONDS, at_least=5), iterations=1)
+    rounds = Rounds(works, device, dropped=1)
+    benchmark.pedantic(rounds, rounds=rounds.needed(SECONDS, at_least=4), iterations=1)
     found = _record(setting, dtype, device, rounds, {name: steps[name] for name in steps if name not in red})
     found |= {"red": red, "unavailable": unavailable}
     benchmark.extra_info.update(found)
@@ -143,7 +141,7 @@ def _share(rounds: Rounds, name: str) -> dict[str, float]:
 
     def seconds(method: str) -> list[float]:
         optimiser = rounds.times[f"{method}: optimiser"]
-        return [sum(step) + sum(rate) for step, rate in zip(rounds.times[method], optimiser, strict=True)][DROPPED:]
+        return [sum(step) + sum(rate) for step, rate in zip(rounds.times[method], optimiser, strict=True)]
 
     shares = [own / base - 1 for own, base in zip(seconds(name), seconds(BASE), strict=True)]
     low, middle, high = quantiles(shares, n=4, method="inclusive")

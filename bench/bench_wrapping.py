@@ -39,8 +39,6 @@ def test_wrapping_two_layers(kind: str, dtype, device, benchmark, record) -> Non
         wrap[OURS[kind]](sharing(base))
 
     rounds = Rounds(works, device)
-    for _ in range(DROPPED):
-        rounds()
     benchmark.pedantic(rounds, rounds=ROUNDS, iterations=1)
     times = rounds.summary()
     again = times.pop(f"{OURS[kind]} again")

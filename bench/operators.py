@@ -10,7 +10,7 @@ import torch
 from bench.memory import peak_bytes, saved_bytes
 from bench.peers import BARS, OURS, Peer, base_linear, copy_of_the_bytes, peers_of
 from bench.problems import Cell, Problem
-from bench.timing import DROPPED, Rounds
+from bench.timing import Rounds
 from bench.upstream import Unavailable
 
 AGAIN = "loretta again"
@@ -48,8 +48,6 @@ class Measurement:
             works[AGAIN] = peers[OURS].work(self.problem.dy)
         works["copy"] = copy_of_the_bytes(self.problem)
         self.rounds = Rounds(works, device)
-        for _ in range(DROPPED):
-            self.rounds()
 
     def _memory(self, peer: Peer) -> dict[str, float]:
         """Bytes kept for backward (x among them, parameters not), and the peak of forward and backward."""
@@ -63,8 +61,8 @@ class Measurement:
     def record(self) -> dict[str, Any]:
         """The size, what each peer took and kept, and the difference between the two timings of ours."""
         cell, times = self.problem.cell, self.rounds.summary()
-        base = Rounds({"base linear": base_linear(self.problem)}, self.problem.device)
-        for _ in range(DROPPED + BASE_ROUNDS):
+        base = Rounds({"base linear": base_linear(self.problem)}, self.problem.device, dropped=1)
+        for _ in range(BASE_ROUNDS):
             base()
         again = times.pop(AGAIN, None)
         return {

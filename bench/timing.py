@@ -31,15 +31,26 @@ class Work:
 class Rounds:
     """A call is one round over all `works`; the order moves on by one from round to round.
 
+    Args:
+        works: what takes part, by name.
+        device: where it runs.
+        dropped: how many first rounds do not count, and are run now.
+
     Attributes:
         times: for each name its rounds, seconds of (forward, backward).
     """
 
-    def __init__(self, works: dict[str, Work], device: torch.device) -> None:
+    def __init__(self, works: dict[str, Work], device: torch.device, dropped: int = DROPPED) -> None:
         self.works = works
         self.times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
         self._count = 0
         self._run = _GPUClock(device) if device.type == "cuda" else _run_on_cpu
+        self._of_a_round = 0.0
+        for _ in range(dropped):
+            self()
+        if dropped:
+            self._of_a_round = sum(sum(times[-1]) for times in self.times.values())
+        self.times = {name: [] for name in works}
 
     def __call__(self) -> None:
         names = list(self.works)
@@ -55,13 +66,12 @@ class Rounds:
                 gc.enable()
 
     def needed(self, seconds: float, at_least: int = 7, at_most: int = 200) -> int:
-        """How many more rounds fill about so many seconds, judged by the last of each work."""
-        of_a_round = sum(sum(times[-1]) for times in self.times.values())
-        return max(at_least, min(at_most, int(seconds / max(of_a_round, 1e-6))))
+        """How many rounds fill about so many seconds, judged by the last of those dropped."""
+        return max(at_least, min(at_most, int(seconds / max(self._of_a_round, 1e-6))))
 
     def summary(self) -> dict[str, dict[str, float]]:
         """For each name the medians in milliseconds, the spread (interquartile range over median), the rounds."""
-        return {name: _summary(times[DROPPED:] or times) for name, times in self.times.items()}
+        return {name: _summary(times) for name, times in self.times.items()}
 
 
 def _summary(times: list[tuple[float, float]]) -> dict[str, float]:
