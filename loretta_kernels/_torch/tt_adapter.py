@@ -19,14 +19,13 @@ from torch import Tensor
 from loretta_kernels._torch.activations import ACTIVATIONS
 from loretta_kernels._torch.rows import (
     Dropout,
-    append_bias,
     compute_dtype,
     from_waist,
     input_grads,
     output_grads,
     to_waist,
 )
-from loretta_kernels._torch.train import Train
+from loretta_kernels._torch.train import Train, contract
 from loretta_kernels.shape import TTShape
 
 
@@ -49,18 +48,17 @@ def tt_adapter_fwd(
     """y and the down waist."""
     down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
     dtype, rows_of_x = compute_dtype(x), x.reshape(-1, down_shape.in_features)
-    N = len(rows_of_x)
-    down_train, up_train = Train(down, down_shape, dtype, N), Train(up, up_shape, dtype, N)
+    down_train, up_train = contract(down, down_shape, dtype), contract(up, up_shape, dtype)
     act, _ = ACTIVATIONS[activation]
     base = rows_of_x if residual_is_x else residual
     y_dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
+    total = _total(scale, learnt_scale, dtype)
 
-    s = to_waist(rows_of_x, down_train.Lt, _dropout(dropout_p, seed))
-    z = act(_hidden(s, down_train, down_bias)) @ up_train.Lt.t()
-    z, R = append_bias(z, up_train.R, up_bias)
-    z = z * _total(scale, learnt_scale, dtype)
+    s = to_waist(rows_of_x, down_train.L, _dropout(dropout_p, seed))
+    z = _times(total, act(_hidden(s, down_train, down_bias)) @ up_train.L)
+    bias = None if up_bias is None else _times(total, up_bias.to(dtype))
     rows_of_base = None if base is None else base.reshape(-1, up_shape.out_features)
-    return from_waist(rows_of_base, z, R, y_dtype, x.shape[:-1]), s
+    return from_waist(rows_of_base, z, up_train.R, bias, y_dtype, x.shape[:-1]), s
 
 
 def tt_adapter_bwd(
@@ -86,31 +84,34 @@ def tt_adapter_bwd(
     needs_dh = needs_dx or needs_ddown or needs_ddown_bias
     down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
     dtype, rows_of_x, rows_of_dy = compute_dtype(x), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    down_train, up_train = Train(down, down_shape, dtype, len(waist)), Train(up, up_shape, dtype, len(waist))
+    down_train, up_train = contract(down, down_shape, dtype), contract(up, up_shape, dtype)
     act, dact = ACTIVATIONS[activation]
     total = _total(scale, learnt_scale, dtype)
-    dx, ddown, ddown_bias, dup, dup_bias, dscale = (x.new_empty(0) for _ in needs)
+    dx = ddown = ddown_bias = dup = dup_bias = dscale = None
 
     h = _hidden(waist, down_train, down_bias)
     a = act(h)
-    z, R = append_bias(a @ up_train.Lt.t(), up_train.R, up_bias)
+    z = a @ up_train.L if up_bias is None else _and_ones(a, up_train.L)
     dz, dR = output_grads(rows_of_dy, z, up_train.R, needs_dh or needs_dup, needs_dup or needs_dup_bias or needs_dscale)
     if needs_dscale and learnt_scale is not None:
-        dscale = (scale * (dR * R).sum()).to(learnt_scale.dtype).reshape(learnt_scale.shape)
-    dz, dR = dz.mul_(total), dR.mul_(total)
+        dtotal = (dR[: up_shape.waist] * up_train.R).sum()
+        if up_bias is not None:
+            dtotal = dtotal + dR[up_shape.waist] @ up_bias.to(dtype)
+        dscale = (scale * dtotal).to(learnt_scale.dtype).reshape(learnt_scale.shape)
+    dz, dR = _times(total, dz), _times(total, dR)
     if needs_dup:
         dup = up_train.dcores(dz.t() @ a, dR[: up_shape.waist]).to(up.dtype)
     if needs_dup_bias and up_bias is not None:
         dup_bias = dR[up_shape.waist].to(up_bias.dtype, copy=True)
 
     if needs_dh:
-        dh = dact(dz @ up_train.Lt, h, a)
+        dh = dact(dz @ up_train.L.t(), h, a)
         if needs_ddown_bias and down_bias is not None:
             ddown_bias = dh.sum(0).to(down_bias.dtype)
         dx, dLt = input_grads(
             rows_of_x,
             dh @ down_train.R.t(),
-            down_train.Lt,
+            down_train.L,
             needs_dx,
             needs_ddown,
             base=rows_of_dy if residual_is_x else None,
@@ -119,6 +120,9 @@ def tt_adapter_bwd(
         dx = dx.view(x.shape) if needs_dx else dx
         if needs_ddown:
             ddown = down_train.dcores(dLt, waist.t() @ dh).to(down.dtype)
+    dx, ddown, ddown_bias, dup, dup_bias, dscale = (
+        x.new_empty(0) if grad is None else grad for grad in (dx, ddown, ddown_bias, dup, dup_bias, dscale)
+    )
     return dx, ddown, ddown_bias, dup, dup_bias, dscale
 
 
@@ -127,9 +131,21 @@ def _hidden(s: Tensor, down_train: Train, bias: Tensor | None) -> Tensor:
     return s @ down_train.R if bias is None else torch.addmm(bias.to(s.dtype), s, down_train.R)
 
 
+def _and_ones(a: Tensor, L: Tensor) -> Tensor:
+    """a · L and a column of ones, through which the gradient of the bias comes with that of R."""
+    z = a.new_ones(len(a), L.shape[1] + 1)
+    torch.mm(a, L, out=z[:, :-1])
+    return z
+
+
 def _total(scale: float, learnt_scale: Tensor | None, dtype: torch.dtype) -> float | Tensor:
     """The number that the adapter's output is multiplied by."""
     return scale if learnt_scale is None else scale * learnt_scale.to(dtype).reshape(())
+
+
+def _times(total: float | Tensor, t: Tensor) -> Tensor:
+    """total · t; t itself for a total of one."""
+    return t if isinstance(total, float) and total == 1.0 else t * total
 
 
 def _dropout(p: float, seed: Tensor | None) -> Dropout | None:

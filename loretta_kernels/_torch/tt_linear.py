@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from loretta_kernels._torch.rows import append_bias, compute_dtype, from_waist, input_grads, output_grads, to_waist
-from loretta_kernels._torch.train import Train
+from loretta_kernels._torch.rows import compute_dtype, from_waist, input_grads, output_grads, to_waist
+from loretta_kernels._torch.train import contract
 from loretta_kernels.shape import TTShape
 
 
@@ -18,9 +19,9 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
     """y and the waist."""
     shape = TTShape.from_spec(tuple(spec))
     rows_of_x = x.reshape(-1, shape.in_features)
-    train = Train(cores, shape, compute_dtype(x), len(rows_of_x))
-    s = to_waist(rows_of_x, train.Lt)
-    return from_waist(None, *append_bias(s, train.R, bias), x.dtype, x.shape[:-1]), s
+    train = contract(cores, shape, compute_dtype(x))
+    s = to_waist(rows_of_x, train.L)
+    return from_waist(None, s, train.R, None if bias is None else bias.to(s.dtype), x.dtype, x.shape[:-1]), s
 
 
 def tt_linear_bwd(
@@ -35,12 +36,12 @@ def tt_linear_bwd(
     """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
     needs_dx, needs_dcores, needs_dbias = needs
     shape = TTShape.from_spec(tuple(spec))
-    train = Train(cores, shape, compute_dtype(x), len(waist))
-    s, _ = append_bias(waist, train.R, bias)
+    train = contract(cores, shape, compute_dtype(x))
+    s = waist if bias is None else torch.cat([waist, waist.new_ones(len(waist), 1)], dim=1)
     ds, dR = output_grads(
         dy.reshape(-1, shape.out_features), s, train.R, needs_dx or needs_dcores, needs_dcores or needs_dbias
     )
-    dx, dLt = input_grads(x.reshape(-1, shape.in_features), ds, train.Lt, needs_dx, needs_dcores)
+    dx, dLt = input_grads(x.reshape(-1, shape.in_features), ds, train.L, needs_dx, needs_dcores)
     return (
         dx.view(x.shape) if needs_dx else dx,
         train.dcores(dLt, dR[: shape.waist]).to(cores.dtype) if needs_dcores else x.new_empty(0),

@@ -139,4 +139,4 @@ def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
 
     ones = torch.ones(like.numel() // like.shape[-1], like.shape[-1], dtype=like.dtype)
     blocks = row_blocks(ones, compute_dtype(like), Dropout(p, torch.tensor(seed)))
-    return torch.cat([block for _, block, _ in blocks]).reshape(like.shape)
+    return torch.cat([block for block, _ in blocks]).reshape(like.shape)
