@@ -1,8 +1,7 @@
 """The products of a train's side with tensors of N rows, and dropout.
 
-A block of rows at a time: what a block's first product brings into the cache is still there for its second. Low-precision
-rows are widened, and dropout masks drawn, for one block too, so that the temporary memory is that of a block, whatever N
-is.
+A block of rows at a time: what its first product brings into the cache is still there for its second. Low-precision rows
+are widened, and dropout masks drawn, for one block too: the temporary memory is that of a block, whatever N is.
 
 Which layouts are fast: a wide operand must be read along its rows of I or O elements. `Lᵀ · xᵀ` and `sᵀ · x` are, on
 CPU, 3 to 8 times faster than `x · L` and `xᵀ · s`.
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 22  # elements: what fits a core's cache; few launches
+CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22  # elements: what fits a core's cache; few launches
 LEAST_ROWS = 16  # of a block, where rows are so long that a call for each would show
 
 
@@ -149,4 +148,5 @@ def _dropout_factor(block: Tensor, p: float, generator: torch.Generator | None) 
     n = block.numel()
     draws = torch.empty(-(-n // 4), dtype=torch.int64, device=block.device).random_(-(2**63), None, generator=generator)
     chances = draws.view(torch.int16)[:n].view(block.shape)
-    return torch.ge(chances, round(p * 2**16) - 2**15, out=torch.empty_like(block)).div_(1 - p)
+    threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
+    return torch.ge(chances, threshold, out=torch.empty_like(block)).div_(1 - p)

@@ -1,6 +1,6 @@
 """The two sides of a tensor train, and the way back from their gradients to those of the cores.
 
-    W = L · R,   L [I, K] the product of the input cores,   R [K, O] that of the output cores
+W = L · R,   L [I, K] the product of the input cores,   R [K, O] that of the output cores
 """
 
 from __future__ import annotations
