@@ -64,31 +64,35 @@ def seconds(pytestconfig: pytest.Config) -> float:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Adds a record to the results of this file of benchmarks."""
+    """Adds a record to the results of this file of benchmarks, and writes them: what is cut short keeps what it has."""
     stem = request.path.stem.removeprefix("bench_")
-    return request.config.stash[_RECORDS].setdefault(stem, []).append
+    records = request.config.stash[_RECORDS].setdefault(stem, [])
+
+    def add(found: dict[str, Any]) -> None:
+        records.append(found)
+        _write(request.config, stem, records)
+
+    return add
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    device = config.getoption("--device")
+def _write(config: pytest.Config, stem: str, records: list[dict[str, Any]]) -> None:
+    """One file of results."""
+    device, part = config.getoption("--device"), config.getoption("--part")
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    run = {
+        "benchmark": stem,
+        "grid": config.getoption("--grid"),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES} | {"upstream": "loretta 0.1.0"},
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "records": records,
+    }
     folder = config.getoption("--results") / ("cpu" if device == "cpu" else name.lower().replace(" ", "-"))
-    part = config.getoption("--part")
-    for stem, records in config.stash[_RECORDS].items():
-        run = {
-            "benchmark": stem,
-            "grid": config.getoption("--grid"),
-            "device": name,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "versions": {package: _version(package) for package in PACKAGES} | {"upstream": "loretta 0.1.0"},
-            "cuda": torch.version.cuda if device == "cuda" else None,
-            "records": records,
-        }
-        path = folder / f"{stem}{'-' + part if part else ''}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}{'-' + part if part else ''}.json"
+    path.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
 
 
 def _version(package: str) -> str | None:
