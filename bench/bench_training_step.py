@@ -47,8 +47,8 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2, "vocab_size": 512}, 32, only_on="cpu"),
     Setting("llama 768 x 4 layers", SMALL, 128, only_on="cpu"),
+    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2, "vocab_size": 512}, 32, only_on="cpu"),
     Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2}, 2048),
     Setting("llama-2-7b", {}, 2048),
     Setting("llama-2-7b checkpointing", {}, 2048, checkpointing=True),
