@@ -53,11 +53,15 @@ def _training(record: dict[str, Any]) -> Iterator[Row]:
     for kind in KINDS:
         names: Sequence[str] = (f"loretta {kind}", f"upstream {kind}")
         if all(name in methods for name in names):
-            ours, upstream = (methods[name]["share"] for name in names)
-            what = (
-                f"{record['model']}, {record['tokens']} tokens, {kind}: share over the frozen base, ours / upstream's"
-            )
-            yield _at_most(what, 0.5, ours / upstream, f" ({ours:.1%} / {upstream:.1%})")
+            ours, upstream = (methods[name] for name in names)
+            where = f"{record['model']}, {record['tokens']} tokens, {kind}"
+            what = f"{where}: share over the frozen base, ours / upstream's"
+            shares = f"{ours['share']:.1%} / {upstream['share']:.1%}"
+            first, second = sorted((ours, upstream), key=lambda method: method["share"])
+            if first["share_high"] < second["share_low"] and first["share"] > 0:
+                yield _at_most(what, 0.5, ours["share"] / upstream["share"], f" ({shares})")
+            else:
+                yield what, "at most 0.5", shares, "not resolved: the quartiles overlap"
 
 
 def _wrapping(record: dict[str, Any]) -> Iterator[Row]:

@@ -71,7 +71,7 @@ def test_bars_hold_or_miss():
 
 def test_the_share_of_a_step_is_over_the_frozen_base(written):
     def method(step: float) -> dict:
-        share = {"share": step / 100 - 1, "share_low": 0.0, "share_high": 0.3}
+        share = {"share": step / 100 - 1, "share_low": step / 100 - 1.01, "share_high": step / 100 - 0.99}
         rest = {"step": step, "optimiser": 0.0, "tokens_per_second": 1, "peak_bytes": 1, "trainable": 1}
         return timed(step) | rest | share
 
@@ -81,6 +81,9 @@ def test_the_share_of_a_step_is_over_the_frozen_base(written):
     (row,) = bars([made])
     assert row[1:] == ("at most 0.5", "0.2 (4.0% / 20.0%)", "holds")
     assert "| loretta adp | 1 |" in written(made)
+    methods["upstream adp"]["share_low"] = 0.02
+    ((*_, verdict),) = bars([made])
+    assert verdict.startswith("not resolved")
 
 
 def test_nothing_to_report_says_what_to_run(tmp_path, capsys):
