@@ -1,7 +1,7 @@
 """The products of a train's side with tensors of N rows, and dropout.
 
-A block of rows at a time: what its first product brings into the cache is still there for its second. Low-precision rows
-are widened, and dropout masks drawn, for one block too: the temporary memory is that of a block, whatever N is.
+A block of rows at a time: what its first product brings into the cache is still there for its second. Rows of low
+precision are widened, and dropout masks drawn, for one block too: temporary memory is that of a block, whatever N is.
 
 Which layouts are fast: a wide operand must be read along its rows of I or O elements. `Lᵀ · xᵀ` and `sᵀ · x` are, on
 CPU, 3 to 8 times faster than `x · L` and `xᵀ · s`.

@@ -43,7 +43,8 @@ def tt_adapter(
         activation: relu, gelu, gelu_tanh, silu, tanh or identity.
         scale: a number, or a one-element tensor, which can be learnt.
         residual: None for 0, x itself, or another tensor `[..., O]`.
-        dropout_p: the probability, in [0, 1), that an element of x is dropped on its way down (not in the residual).
+        dropout_p: the probability, in [0, 1), that an element of x is dropped on its way down (not in the residual);
+            PyTorch draws to the nearest 1/65536.
         seed: which elements: an int or a one-element int64 tensor; None draws one from torch's RNG, so that
             `torch.manual_seed` and checkpointing reproduce a run. Backward draws the mask again, it is not stored.
 
