@@ -6,7 +6,9 @@ DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cls test test-long test-distributed test-peft lint clean
+PEERS := .cache/peers/upstream
+BENCH = $(BIN)/python -m pytest -q --benchmark-quiet
+.PHONY: help demo demo-cls test test-long test-distributed test-peft bench bench-gpu peers lint clean
 
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -44,6 +46,24 @@ test-distributed: $(DEVELOP) ## install DeepSpeed and run all tests of several p
 
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py
+
+# The released implementation, GPL-3, in a folder of its own: only the benchmarks load it, under another name.
+$(PEERS): $(RUN)
+	$(PIP) --no-deps --target $@ loretta==0.1.0
+	touch $@
+
+peers: $(PEERS) ## install upstream, which the benchmarks compare with
+
+bench: $(DEVELOP) $(PEERS) ## measure against peers on the CPU, a quick set in 5 minutes, and write bench/results/REPORT.md
+	OMP_NUM_THREADS=1 $(BENCH) --device cpu bench
+	$(BIN)/python -m bench.report
+
+bench-gpu: $(DEVELOP) $(PEERS) ## the full grid on a GPU, in commands of at most 9 minutes
+	for d in 768 2048 4096 5120 8192; do for operator in tt_adapter tt_lora tt_linear; do \
+		$(BENCH) --device cuda --grid full --sizes $$d --part $$d bench/bench_$$operator.py || exit 1; done; done
+	$(BENCH) --device cuda bench/bench_training_step.py
+	$(BENCH) --device cuda bench/bench_wrapping.py
+	$(BIN)/python -m bench.report
 
 lint: $(DEVELOP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,148 @@
+"""A training step of a Llama with each method: pytest bench/bench_training_step.py.
+
+Adapters at the same places compute the same function, whoever implements them: that is checked, on the loss and on
+the gradient of the embeddings, before anything is timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import quantiles
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.models import BASE, LORA, OURS, RELEASED, Step, llama, methods, set_functions, sharing
+from bench.peers import BARS
+from bench.timing import Rounds, Work
+from bench.upstream import Unavailable
+
+SAME = {OURS["adp"]: (RELEASED["adp"],), OURS["rep"]: (RELEASED["rep"], LORA)}
+
+
+SECONDS = 20.0  # of rounds; four rounds at least
+SMALL = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "vocab_size": 512,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, as what differs from Llama-2-7B, and its batch."""
+
+    name: str
+    config: dict[str, int]
+    tokens: int
+    checkpointing: bool = False
+    only_on: str = "cuda"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.only_on}".replace(" ", "-")
+
+
+SETTINGS = (
+    Setting("llama 768 x 4 layers", SMALL, 128, only_on="cpu"),
+    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2, "vocab_size": 512}, 32, only_on="cpu"),
+    Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2}, 2048),
+    Setting("llama-2-7b", {}, 2048),
+    Setting("llama-2-7b checkpointing", {}, 2048, checkpointing=True),
+)
+
+
+@pytest.mark.parametrize(
+    "setting", SETTINGS, ids=lambda setting: setting.name.replace(" ", "-") + f"-{setting.only_on}"
+)
+def test_training_step(setting: Setting, dtype, device, benchmark, record) -> None:
+    if setting.only_on != device.type:
+        pytest.skip(f"on {setting.only_on}")
+    steps, unavailable = _steps(setting, dtype, device)
+    red = {
+        peer: error
+        for ours, others in SAME.items()
+        for peer in others
+        if peer in steps and (error := steps[peer].difference(steps[ours])) > 10 * BARS[dtype]
+    }
+    works = {}
+    for name, step in steps.items():
+        if name not in red:
+            works[name] = Work(step.forward, step.backward)
+            works[f"{name}: optimiser"] = Work(step.optimise)
+    works[f"{BASE} again"] = works[BASE]
+    rounds = Rounds(works, device, dropped=1)
+    benchmark.pedantic(rounds, rounds=rounds.needed(SECONDS, at_least=4), iterations=1)
+    found = _record(setting, dtype, device, rounds, {name: steps[name] for name in steps if name not in red})
+    found |= {"red": red, "unavailable": unavailable}
+    benchmark.extra_info.update(found)
+    record(found)
+    assert not red, f"{setting.name}: not the loss and gradient of ours: {red}"
+
+
+def _steps(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Step], dict[str, str]]:
+    """A step for each method that runs, and why the others do not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**setting.config, use_cache=False)
+    base = llama(config, dtype, device)
+    if setting.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    embeddings = torch.randn(1, setting.tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.randint(config.vocab_size, (1, setting.tokens), device=device)
+    steps, unavailable = {BASE: Step(sharing(base), embeddings, labels)}, {}
+    for name, wrap in methods().items():
+        try:
+            with torch.device(device):
+                model = wrap(sharing(base)).to(device)
+            set_functions(model)
+            steps[name] = Step(model, embeddings, labels)
+        except Unavailable as error:
+            unavailable[name] = str(error)
+        except Exception as error:
+            if name not in RELEASED.values():
+                raise
+            unavailable[name] = f"{type(error).__name__}: {error}"[:200]
+    return steps, unavailable
+
+
+def _record(
+    setting: Setting, dtype: torch.dtype, device: torch.device, rounds: Rounds, steps: dict[str, Step]
+) -> dict[str, Any]:
+    """What each method took and allocated; of a step, forward, backward and optimiser together."""
+    times = rounds.summary()
+    again = times.pop(f"{BASE} again")
+    found = {}
+    for name, step in steps.items():
+        optimiser = times[f"{name}: optimiser"]["forward"]
+        total = times[name]["both"] + optimiser
+        found[name] = times[name] | {
+            "optimiser": optimiser,
+            "step": total,
+            "tokens_per_second": 1000 * setting.tokens / total,
+            **_share(rounds, name),
+            "peak_bytes": step.peak_bytes,
+            "trainable": sum(parameter.numel() for parameter in step.parameters),
+        }
+    return {
+        "model": setting.name,
+        "tokens": setting.tokens,
+        "checkpointing": setting.checkpointing,
+        "dtype": str(dtype).removeprefix("torch."),
+        "drift": again["both"] / times[BASE]["both"] - 1,
+        "methods": found,
+    }
+
+
+def _share(rounds: Rounds, name: str) -> dict[str, float]:
+    """What a method adds to the frozen base's time, over it: quartiles of the rounds, each compared within itself."""
+
+    def seconds(method: str) -> list[float]:
+        optimiser = rounds.times[f"{method}: optimiser"]
+        return [sum(step) + sum(rate) for step, rate in zip(rounds.times[method], optimiser, strict=True)]
+
+    shares = [own / base - 1 for own, base in zip(seconds(name), seconds(BASE), strict=True)]
+    low, middle, high = quantiles(shares, n=4, method="inclusive")
+    return {"share": middle, "share_low": low, "share_high": high}

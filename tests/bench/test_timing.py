@@ -1,0 +1,49 @@
+"""Rounds alternate over what is timed, and their medians say what they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import timing
+from bench.timing import Rounds, Work
+
+CPU = torch.device("cpu")
+
+
+def test_every_round_runs_each_work_once_and_moves_the_order_on():
+    order: list[str] = []
+    rounds = Rounds({name: Work(lambda name=name: order.append(name)) for name in "abc"}, CPU, dropped=0)
+    for _ in range(3):
+        rounds()
+    assert "".join(order) == "abcbcacab"
+
+
+def test_backward_gets_what_forward_returned():
+    given = []
+    Rounds({"a": Work(lambda: 7, given.append)}, CPU, dropped=1)()
+    assert given == [7, 7]
+
+
+def test_medians_and_spread():
+    rounds = Rounds({"a": Work(lambda: None)}, CPU)
+    rounds.times["a"] = [(0.001, 0.002), (0.002, 0.002), (0.003, 0.007)]
+    summary = rounds.summary()["a"]
+    assert summary == pytest.approx({"forward": 2, "backward": 2, "both": 4, "spread": 3.5 / 4, "rounds": 3})
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.05, 10), (0.1, 7), (1e9, 200)])
+def test_rounds_fill_the_seconds_within_bounds(seconds, expected, monkeypatch):
+    ticks = iter([0, 5, 10, 10, 15, 20, 20, 20.04, 20.05, 30, 30.02, 30.05])  # the second round takes 0.1 seconds
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(ticks))
+    rounds = Rounds({"a": Work(lambda: None), "b": Work(lambda: None)}, CPU)
+    assert rounds.times == {"a": [], "b": []}
+    assert rounds.needed(seconds) == expected
+
+
+def test_the_clock_sees_forward_and_backward_apart(monkeypatch):
+    ticks = iter([1.0, 3.0, 8.0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(ticks))
+    rounds = Rounds({"a": Work(lambda: None, lambda _: None)}, CPU, dropped=0)
+    rounds()
+    assert rounds.times["a"] == [(2.0, 5.0)]
