@@ -67,6 +67,8 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         _cuda(80, 163),
+        _cuda(86, 99, warps=48, programs=16),
+        _cuda(89, 99, warps=48, programs=24),
         _cuda(90, 227),
         _cuda(100, 227),
         _cuda(120, 99, warps=48, programs=24),

@@ -32,10 +32,9 @@ QUICK = ("adp 4096x64x5", "rep 768→2304 8 5", "cls 768 5")
 
 
 def add_class_options(parser: argparse.ArgumentParser) -> None:
-    """--quick, --classes, --json."""
+    """--quick, --classes."""
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--classes", nargs="+", metavar="NAME", choices=[case.name for case in FIRST_RATE])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def chosen(args: argparse.Namespace) -> tuple[Case, ...]:

@@ -1,6 +1,6 @@
 """python -m bench.resources: what every kernel of the first-rate classes costs on each architecture; needs no GPU.
 
-Compiles what training would launch, and one row's forward, and reads the machine code. Exit code 1 when a gate fails:
+Compiles what training launches for many rows and for one, and reads the machine code. Exit code 1 when a gate fails:
 
 - no local memory on sm_90 and sm_100, nor elsewhere at rank up to 8; at larger ranks elsewhere, none of it in a loop
 - no more shared memory than the architecture has
@@ -11,13 +11,13 @@ Compiles what training would launch, and one row's forward, and reads the machin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
@@ -28,6 +28,7 @@ from bench.architectures import ARCHITECTURES
 from bench.classes import add_class_options, chosen
 from bench.global_loads import load_widths
 from bench.launches import would_launch
+from bench.output import add_output_options, emit
 from loretta_kernels.selfcheck import Case, text_table
 
 NEVER_SPILLS = ("sm_90", "sm_100")
@@ -92,16 +93,12 @@ class Resources:
 def measure(case: Case, arch: str, dtype: str, deterministic: bool = False) -> list[Resources]:
     """Compile every kernel of the class, and read it."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    many = would_launch(case, MANY_ROWS, DTYPES[dtype], arch)
-    one = would_launch(case, ONE_ROW, DTYPES[dtype], arch)
     launches: dict[Any, Any] = {}
-    for rows, launch in (
-        *((MANY_ROWS, launch) for launch in (*many["forward"], *many["backward"])),
-        *((ONE_ROW, launch) for launch in one["forward"]),
-    ):
-        source = launch.source()
-        key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
-        launches.setdefault(key, (rows, launch))
+    for rows in (MANY_ROWS, ONE_ROW):
+        for launch in chain(*would_launch(case, rows, DTYPES[dtype], arch).values()):
+            source = launch.source()
+            key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
+            launches.setdefault(key, (rows, launch))
     return [compiled(case, arch, dtype, rows, launch) for rows, launch in launches.values()]
 
 
@@ -160,11 +157,8 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., list[Resource
         for row in found
         for what in row.failures()
     ]
-    if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in found], "failures": failures}, ensure_ascii=False))
-    else:
-        print(_table(found))
-        print("\n".join(["", *failures, f"{len(found)} kernels, {len(failures)} gates failed"]))
+    text = "\n".join([_table(found), "", *failures, f"{len(found)} kernels, {len(failures)} gates failed"])
+    emit(args, "bench.resources", argv, {"rows": [asdict(row) for row in found], "failures": failures}, text)
     return 1 if failures else 0
 
 
@@ -178,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
     parser.add_argument("--deterministic", action="store_true", help="what torch.use_deterministic_algorithms launches")
     add_class_options(parser)
+    add_output_options(parser)
     return parser
 
 

@@ -106,6 +106,8 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward = Blocks(64 if KP == 16 else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
         backward = Blocks(32 if KP > 16 or arch == "sm_100" else 64, 16, 8, 1)
+    elif arch.startswith("gfx") and KP > 16:
+        forward, backward = Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)
     elif arch.startswith("gfx"):
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
     elif KP > 16:
