@@ -48,11 +48,12 @@ def _lines(shape: TTShape, up_shape: TTShape | None, dtype: torch.dtype, N: int,
         yield f"  {title} [{side.size} x {side.K}] = {factors}: {side.form(block)}"
     I, O, K = shape.in_features, (up_shape or shape).out_features, shape.waist
     tables, flops = 4 * plan.table_size, sum(2 * N * side.size * side.K for side in plan.sides)
-    for kernel, blocks, compulsory, again in (
-        ("forward", plan.forward_of(N), I + O, I if up_shape else 0),
-        ("backward", plan.backward, 2 * I + O, O if up_shape else 0),
+    first, last = plan.sides[0], plan.sides[-1]
+    for kernel, blocks, shared, compulsory, again in (
+        ("forward", plan.forward_of(N), (last,), I + O, I if up_shape else 0),
+        ("backward", plan.backward, (first, last), 2 * I + O, O if up_shape else 0),
     ):
-        programs, parts = plan.programs(N, blocks), plan.parts(N, blocks) if kernel == "forward" else 1
+        programs, parts = plan.programs(N, blocks), plan.parts(N, blocks, *shared)
         sums = 4 * plan.grad_size * -(-N // blocks.n) if kernel == "backward" else 0
         moved = N * (size * (compulsory + again) + 4 * K) + 2 * tables * programs * parts + sums
         yield (

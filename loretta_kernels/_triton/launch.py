@@ -62,10 +62,11 @@ DO_NOT_SPECIALIZE = ("N",)
 
 
 def execute(launch: Launch) -> None:
-    """Run it: every launch of the library passes here."""
-    launch.kernel[launch.grid](
-        **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    """Run it on the device of its tensors: every launch of the library passes here."""
+    with torch.cuda.device_of(next(value for value in launch.args.values() if isinstance(value, Tensor))):
+        launch.kernel[launch.grid](
+            **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
 
 
 @contextmanager

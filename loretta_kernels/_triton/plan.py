@@ -1,7 +1,7 @@
 """What the kernels are launched with: plain Python, no torch.
 
 A program takes BLOCK_N rows, makes the tables of every side, and walks over the features BLOCK_C at a time. With few
-rows, `parts` programs share the output features of a block, so that one token does not run on one multiprocessor.
+rows, `parts` programs share the features of a block, so that one token does not run on one multiprocessor.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Plan:
         """How many programs share the rows."""
         return max(1, min(-(-N // blocks.n), most))
 
-    def parts(self, N: int, blocks: Blocks) -> int:
-        """How many programs share the output features of a block of rows."""
-        return min(-(-self.sides[-1].size // blocks.c), MAX_PARTS) if N <= FEW_ROWS else 1
+    def parts(self, N: int, blocks: Blocks, *shared: Side) -> int:
+        """How many programs share the features of these sides for a block of rows."""
+        return min(-(-max(side.size for side in shared) // blocks.c), MAX_PARTS) if N <= FEW_ROWS else 1
 
 
 @cache

@@ -1,4 +1,4 @@
-"""tt_adapter and tt_lora by the kernels of `tt_adapter_kernels`: their launches, forward and backward."""
+"""tt_adapter and tt_lora by the kernels of `tt_adapter_forward` and `tt_adapter_backward`: their launches, forward and backward."""
 
 from __future__ import annotations
 
@@ -21,11 +21,8 @@ from loretta_kernels._triton.operands import (
     seed_on,
 )
 from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, adapter_plan
-from loretta_kernels._triton.tt_adapter_kernels import (
-    _tt_adapter_bwd_kernel,
-    _tt_adapter_fwd_kernel,
-    _tt_adapter_sum_kernel,
-)
+from loretta_kernels._triton.tt_adapter_backward import _tt_adapter_bwd_kernel, _tt_adapter_sum_kernel
+from loretta_kernels._triton.tt_adapter_forward import _tt_adapter_fwd_kernel
 from loretta_kernels.shape import TTShape
 
 
@@ -58,7 +55,7 @@ def tt_adapter_fwd(
     waist = x.new_empty(N, LD.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    grid = plan.programs(N, blocks), plan.parts(N, blocks)
+    grid = plan.programs(N, blocks), plan.parts(N, blocks, RU)
     launch.execute(
         Launch(
             _tt_adapter_fwd_kernel,
@@ -129,6 +126,7 @@ def tt_adapter_bwd(
         return grads
     atomic = not torch.are_deterministic_algorithms_enabled()
     programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    parts = plan.parts(N, blocks, LD, RU)
     parameters = {
         "down_ptr": down.contiguous(),
         "up_ptr": up.contiguous(),
@@ -161,7 +159,7 @@ def tt_adapter_bwd(
     launch.execute(
         Launch(
             _tt_adapter_bwd_kernel,
-            (programs,),
+            (programs, parts),
             {
                 **parameters,
                 "dy_ptr": rows_of_dy,
@@ -170,7 +168,7 @@ def tt_adapter_bwd(
                 "down_bias_ptr": contiguous(down_bias),
                 "seed_ptr": seed_on(x.device, seed) if dropout_p else None,
                 "dx_ptr": dx if needs[0] else None,
-                "tables_ptr": waist.new_empty(programs * plan.table_size),
+                "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
                 "N": N,
                 "stride_dyn": rows_of_dy.stride(0),
                 "stride_xn": rows.stride(0),
@@ -184,6 +182,7 @@ def tt_adapter_bwd(
                 "DROPOUT_P": dropout_p,
                 "RESIDUAL_IS_X": residual_is_x,
                 "ATOMIC": atomic,
+                "PARTS": parts,
             },
             blocks.warps,
             blocks.stages,

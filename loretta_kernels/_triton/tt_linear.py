@@ -3,7 +3,8 @@
 dR = sᵀ · dy      db = sum(dy)      ds = dy · Rᵀ      dL = xᵀ · ds      dx = ds · Lᵀ
 
 Forward reads x and writes y and the waist [N, K]. Backward reads dy, then x, writes dx, and adds dL [I, K] and dR with
-db [K + 1, O] to a zeroed buffer; the program that arrives last contracts them to the gradients of the cores.
+db [K + 1, O] to a zeroed buffer; the program that arrives last contracts them to the gradients of the cores. With few
+rows, PARTS programs share the features of dR, dx and dL, and each makes ds for itself.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def _tt_linear_bwd_kernel(
     ARRIVED: tl.constexpr,
     # blocks and flags
     ATOMIC: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -129,7 +131,8 @@ def _tt_linear_bwd_kernel(
 ):
     """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    part = 0 if PARTS == 1 else tl.program_id(1)
+    tables_ptr += (program * PARTS + part).to(tl.int64) * TABLE_SIZE
     if not ATOMIC:
         grads_ptr += program.to(tl.int64) * GRAD_SIZE
     store_tables(tables_ptr, cores_ptr, L)
@@ -148,12 +151,14 @@ def _tt_linear_bwd_kernel(
             if dx_ptr is not None or dcores_ptr is not None:
                 ds = dot(dy, cast(load_tile(tables_ptr, cores_ptr, (), c0, R, BLOCK_C), DTYPE), ds, PRECISION)
             if dcores_ptr is not None or dbias_ptr is not None:
-                dtile = dot(tl.trans(dy), s_ones, tl.full([BLOCK_C, R.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, c, dtile, R, ATOMIC)
+                mine = True if PARTS == 1 else c0 // BLOCK_C % PARTS == part
+                if mine:
+                    dtile = dot(tl.trans(dy), s_ones, tl.full([BLOCK_C, R.KP], 0, tl.float32), PRECISION)
+                    add_grad(grads_ptr, c, dtile, R, ATOMIC)
 
         ds = cast(ds, DTYPE)
         if dx_ptr is not None or dcores_ptr is not None:
-            for c0 in range(0, L.size, BLOCK_C):
+            for c0 in range(part * BLOCK_C, L.size, PARTS * BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
                 if dcores_ptr is not None:
                     x = cast(load_rows(x_ptr, rows, stride_xn, c, N, L.size), DTYPE)
@@ -165,7 +170,7 @@ def _tt_linear_bwd_kernel(
                     store_rows(dx_ptr, rows, L.size, c, N, L.size, dx)
 
     if ATOMIC:
-        if is_last(grads_ptr + ARRIVED, programs):
+        if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(cores_ptr, dcores_ptr, dbias_ptr, grads_ptr, scratch_ptr, L, R, PRECISION)
 
 
@@ -203,7 +208,7 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
     waist = x.new_empty(N, L.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    grid = plan.programs(N, blocks), plan.parts(N, blocks)
+    grid = plan.programs(N, blocks), plan.parts(N, blocks, R)
     launch.execute(
         Launch(
             _tt_linear_fwd_kernel,
@@ -245,6 +250,7 @@ def tt_linear_bwd(
         return grads
     atomic = not torch.are_deterministic_algorithms_enabled()
     programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    parts = plan.parts(N, blocks, L, R)
     parameters = {
         "cores_ptr": cores.contiguous(),
         **needed({"dcores_ptr": dcores, "dbias_ptr": dbias}, needs[1:]),
@@ -256,19 +262,19 @@ def tt_linear_bwd(
     launch.execute(
         Launch(
             _tt_linear_bwd_kernel,
-            (programs,),
+            (programs, parts),
             {
                 **parameters,
                 "dy_ptr": rows_of_dy,
                 "x_ptr": rows,
                 "waist_ptr": waist,
                 "dx_ptr": dx if needs[0] else None,
-                "tables_ptr": waist.new_empty(programs * plan.table_size),
+                "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
                 "N": N,
                 "stride_dyn": rows_of_dy.stride(0),
                 "stride_xn": rows.stride(0),
             },
-            {**constants, **products, "TABLE_SIZE": plan.table_size, "ATOMIC": atomic},
+            {**constants, **products, "TABLE_SIZE": plan.table_size, "ATOMIC": atomic, "PARTS": parts},
             blocks.warps,
             blocks.stages,
         )

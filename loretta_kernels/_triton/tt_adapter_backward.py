@@ -1,16 +1,14 @@
-"""y = residual + scale · (act(drop(x) · L_d · R_d + b_d) · L_u · R_u + b_u): one launch forward, one backward.
-
-s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y = residual + scale · (z · R_u + b_u)
+"""The gradients of y = residual + scale · (act(drop(x) · L_d · R_d + b_d) · L_u · R_u + b_u) in one launch.
 
 dz = scale · dy · R_uᵀ      dR_u = scale · zᵀ · dy      db_u = scale · sum(dy)
 da = dz · L_uᵀ              dL_u = aᵀ · dz
 dh = da · act'(h)           dR_d = sᵀ · dh              db_d = sum(dh)
 ds = dh · R_dᵀ              dL_d = drop(x)ᵀ · ds
-dx = [residual is x] · dy + drop'(ds · L_dᵀ)            dscale = <zᵀ · dy, R_u> + <sum(dy), b_u>
+dx = [residual is x] · dy + drop'(ds · L_dᵀ)            dscale = <z, dy · R_uᵀ> + <sum(dy), b_u>
 
-Forward reads x twice where it is the residual (the second time from L2) and writes y and the waist s [N, K]. Backward
-reads dy, then x and dy, writes dx, and adds the gradients of the sides, [I, K] and [K + 1, O], to a zeroed buffer; the
-program that arrives last contracts them to those of the cores.
+Reads dy, then x and dy, writes dx, and adds the gradients of the sides, [I, K] and [K + 1, O], to a zeroed buffer; the
+program that arrives last contracts them to those of the cores. With few rows, PARTS programs share the features of
+dR_u, dx and dL_d; each makes ds for itself, and the first adds what has the bottleneck's size.
 """
 
 from __future__ import annotations
@@ -22,115 +20,7 @@ from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropou
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
-
-
-@triton.jit
-def _hidden(
-    s, tables_ptr, down_ptr, down_bias_ptr, b0, RD: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr
-):
-    """h = s · R_d + b_d for the bottleneck features from b0, and their tile of R_d."""
-    b = b0 + tl.arange(0, BLOCK_B)
-    tile = load_tile(tables_ptr, down_ptr, (), b0, RD, BLOCK_B)
-    h = dot(s, tl.trans(tile), tl.full([s.shape[0], BLOCK_B], 0, tl.float32), PRECISION)
-    if down_bias_ptr is not None:
-        h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
-    return h, tile
-
-
-@triton.jit
-def _up_waist(
-    s,
-    tables_ptr,
-    down_ptr,
-    down_bias_ptr,
-    up_ptr,
-    RD: tl.constexpr,
-    LU: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """z = act(s · R_d + b_d) · L_u."""
-    z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
-    for b0 in range(0, RD.size, BLOCK_B):
-        h, _ = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
-        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
-    return z
-
-
-@triton.jit(do_not_specialize=["N"])
-def _tt_adapter_fwd_kernel(
-    # pointers
-    x_ptr,
-    residual_ptr,
-    y_ptr,
-    waist_ptr,
-    down_ptr,
-    down_bias_ptr,
-    up_ptr,
-    up_bias_ptr,
-    learnt_scale_ptr,
-    seed_ptr,
-    tables_ptr,
-    # sizes and strides
-    N,
-    stride_xn,
-    stride_rn,
-    scale,
-    # shape
-    LD: tl.constexpr,
-    RD: tl.constexpr,
-    LU: tl.constexpr,
-    RU: tl.constexpr,
-    TABLE_SIZE: tl.constexpr,
-    # blocks and flags
-    ACTIVATION: tl.constexpr,
-    DROPOUT_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Rows of y, and of the waist, block by block."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    part, parts = tl.program_id(1), tl.num_programs(1)
-    tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
-    store_tables(tables_ptr, down_ptr, LD)
-    store_tables(tables_ptr, down_ptr, RD)
-    store_tables(tables_ptr, up_ptr, LU)
-    store_tables(tables_ptr, up_ptr, RU)
-    tl.debug_barrier()
-    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
-    if learnt_scale_ptr is not None:
-        scale *= tl.load(learnt_scale_ptr).to(tl.float32)
-
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
-        rows = block_rows(block, BLOCK_N)
-        s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
-        for c0 in range(0, LD.size, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
-            if DROPOUT_P > 0:
-                x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
-            tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
-            s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
-        if part == 0:
-            store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
-
-        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
-        z = cast(z * scale, DTYPE)
-        for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            if residual_ptr is not None:
-                base = load_rows(residual_ptr, rows, stride_rn, c, N, RU.size)
-            tile = load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C)
-            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
-            if up_bias_ptr is not None:
-                y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
-            if residual_ptr is not None:
-                y += base.to(tl.float32)
-            store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
+from loretta_kernels._triton.tt_adapter_forward import hidden, up_waist
 
 
 @triton.jit
@@ -212,6 +102,7 @@ def _tt_adapter_bwd_kernel(
     DROPOUT_P: tl.constexpr,
     RESIDUAL_IS_X: tl.constexpr,
     ATOMIC: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -220,7 +111,8 @@ def _tt_adapter_bwd_kernel(
 ):
     """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    tables_ptr += program.to(tl.int64) * TABLE_SIZE
+    part = 0 if PARTS == 1 else tl.program_id(1)
+    tables_ptr += (program * PARTS + part).to(tl.int64) * TABLE_SIZE
     if not ATOMIC:
         grads_ptr += program.to(tl.int64) * GRAD_SIZE
     store_tables(tables_ptr, down_ptr, LD)
@@ -237,45 +129,55 @@ def _tt_adapter_bwd_kernel(
 
     SUMS_RD: tl.constexpr = ddown_ptr is not None or ddown_bias_ptr is not None
     SUMS_RU: tl.constexpr = dup_ptr is not None or dup_bias_ptr is not None or dscale_ptr is not None
+    # dscale is one sum: what R_u loses to 16 bits would not average out of it.
+    EXACT_DZ: tl.constexpr = dscale_ptr is not None and DTYPE != tl.float32
 
     for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
-        z = _up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
+        z = up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
 
         dz = tl.full([BLOCK_N, RU.KP], 0, tl.float32)
         z_ones = cast(ones_beside(z, RU.K), DTYPE)
         for c0 in range(0, RU.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             dy = cast(load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size), DTYPE)
-            dz = dot(dy, cast(load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C), DTYPE), dz, PRECISION)
+            tile = load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C)
+            high = cast(tile, DTYPE)
+            dz = dot(dy, high, dz, PRECISION)
+            if EXACT_DZ:
+                dz = dot(dy, cast(tile - high.to(tl.float32), DTYPE), dz, PRECISION)
             if SUMS_RU:
-                dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, c, dtile, RU, ATOMIC)
+                mine = True if PARTS == 1 else c0 // BLOCK_C % PARTS == part
+                if mine:
+                    dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
+                    add_grad(grads_ptr, c, dtile, RU, ATOMIC)
         if dscale_ptr is not None:
-            add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
+            if part == 0:
+                add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
         dz *= total
 
         ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         s_ones = ones_beside(s, RD.K)
         for b0 in range(0, RD.size, BLOCK_B):
             b = b0 + tl.arange(0, BLOCK_B)
-            h, down_tile = _hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+            h, down_tile = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
             up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
             da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
             dh = da * dact(h, ACTIVATION)
             ds = dot(dh, down_tile, ds, PRECISION)
-            if dup_ptr is not None:
-                a = act(h, ACTIVATION)
-                dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, b, dtile, LU, ATOMIC)
-            if SUMS_RD:
-                dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
-                add_grad(grads_ptr, b, dtile, RD, ATOMIC)
+            if part == 0:
+                if dup_ptr is not None:
+                    a = act(h, ACTIVATION)
+                    dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
+                    add_grad(grads_ptr, b, dtile, LU, ATOMIC)
+                if SUMS_RD:
+                    dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
+                    add_grad(grads_ptr, b, dtile, RD, ATOMIC)
 
         ds = cast(ds, DTYPE)
         if dx_ptr is not None or ddown_ptr is not None:
-            for c0 in range(0, LD.size, BLOCK_C):
+            for c0 in range(part * BLOCK_C, LD.size, PARTS * BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
                 if RESIDUAL_IS_X and dx_ptr is not None:
                     base = load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size)
@@ -298,7 +200,7 @@ def _tt_adapter_bwd_kernel(
                     store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
 
     if ATOMIC:
-        if is_last(grads_ptr + ARRIVED, programs):
+        if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(
                 down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, grads_ptr,
                 scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION,

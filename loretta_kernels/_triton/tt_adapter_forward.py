@@ -1,0 +1,124 @@
+"""y = residual + scale · (act(drop(x) · L_d · R_d + b_d) · L_u · R_u + b_u) in one launch.
+
+s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y = residual + scale · (z · R_u + b_u)
+
+Reads x, twice where it is the residual (the second time from L2), and writes y and the waist s [N, K].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loretta_kernels._triton._common import act, cast, dot, dropout_factor
+from loretta_kernels._triton.rows import block_rows, load_rows, store_rows
+from loretta_kernels._triton.tiles import keep_heavy, load_tile, store_tables
+
+
+@triton.jit
+def hidden(
+    s, tables_ptr, down_ptr, down_bias_ptr, b0, RD: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr
+):
+    """h = s · R_d + b_d for the bottleneck features from b0, and their tile of R_d."""
+    b = b0 + tl.arange(0, BLOCK_B)
+    tile = load_tile(tables_ptr, down_ptr, (), b0, RD, BLOCK_B)
+    h = dot(s, tl.trans(tile), tl.full([s.shape[0], BLOCK_B], 0, tl.float32), PRECISION)
+    if down_bias_ptr is not None:
+        h += tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)[None, :]
+    return h, tile
+
+
+@triton.jit
+def up_waist(
+    s,
+    tables_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z = act(s · R_d + b_d) · L_u."""
+    z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
+    for b0 in range(0, RD.size, BLOCK_B):
+        h, _ = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
+    return z
+
+
+@triton.jit(do_not_specialize=["N"])
+def _tt_adapter_fwd_kernel(
+    # pointers
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    waist_ptr,
+    down_ptr,
+    down_bias_ptr,
+    up_ptr,
+    up_bias_ptr,
+    learnt_scale_ptr,
+    seed_ptr,
+    tables_ptr,
+    # sizes and strides
+    N,
+    stride_xn,
+    stride_rn,
+    scale,
+    # shape
+    LD: tl.constexpr,
+    RD: tl.constexpr,
+    LU: tl.constexpr,
+    RU: tl.constexpr,
+    TABLE_SIZE: tl.constexpr,
+    # blocks and flags
+    ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of y, and of the waist, block by block."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
+    store_tables(tables_ptr, down_ptr, LD)
+    store_tables(tables_ptr, down_ptr, RD)
+    store_tables(tables_ptr, up_ptr, LU)
+    store_tables(tables_ptr, up_ptr, RU)
+    tl.debug_barrier()
+    kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
+    if learnt_scale_ptr is not None:
+        scale *= tl.load(learnt_scale_ptr).to(tl.float32)
+
+    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
+        rows = block_rows(block, BLOCK_N)
+        s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
+        for c0 in range(0, LD.size, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
+            if DROPOUT_P > 0:
+                x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+            tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
+            s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
+        if part == 0:
+            store_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K, s)
+
+        z = up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
+        z = cast(z * scale, DTYPE)
+        for c0 in range(part * BLOCK_C, RU.size, parts * BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            if residual_ptr is not None:
+                base = load_rows(residual_ptr, rows, stride_rn, c, N, RU.size)
+            tile = load_tile(tables_ptr, up_ptr, (), c0, RU, BLOCK_C)
+            y = dot(z, tl.trans(cast(tile, DTYPE)), tl.full([BLOCK_N, BLOCK_C], 0, tl.float32), PRECISION)
+            if up_bias_ptr is not None:
+                y += scale * tl.load(up_bias_ptr + c, mask=c < RU.size, other=0.0).to(tl.float32)[None, :]
+            if residual_ptr is not None:
+                y += base.to(tl.float32)
+            store_rows(y_ptr, rows, RU.size, c, N, RU.size, y)
