@@ -6,10 +6,11 @@ rows, `parts` programs share the features of a block, so that one token does not
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from loretta_kernels._triton.side import Side, next_power_of_2, round_up, sides
+from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, sides
 from loretta_kernels.shape import TTShape
 
 MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the tables made once
@@ -36,6 +37,7 @@ class Plan:
     """
 
     sides: tuple[Side, ...]
+    arch: str
     few: Blocks
     forward: Blocks
     backward: Blocks
@@ -70,6 +72,12 @@ class Plan:
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
 
+    def precision(self, exact: bool) -> str:
+        """How fp32 is multiplied: AMD's matrix cores take it as it is."""
+        if self.arch.startswith("gfx"):
+            return "ieee"
+        return "tf32x3" if exact else "tf32"
+
     def forward_of(self, N: int) -> Blocks:
         """The blocks of the forward of N rows."""
         return self.few if N <= self.few.n else self.forward
@@ -99,25 +107,32 @@ def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
-    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
+    small = KP == 16 and A <= KEPT
+    amd = arch.startswith("gfx")
     if KP > 32:
-        forward = backward = Blocks(32, 32, 8, 1)
+        forward = backward = Blocks(32, 32, 4, 1)
     elif itemsize > 2:
-        forward = Blocks(64 if KP == 16 else 32, 32, 8, 1)
+        forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
-        backward = Blocks(32 if KP > 16 or arch == "sm_100" else 64, 16, 8, 1)
-    elif arch.startswith("gfx") and KP > 16:
-        forward, backward = Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)
-    elif arch.startswith("gfx"):
+        backward = Blocks(64, 16, 8, 1) if small and arch != "sm_100" else Blocks(32, 16, 4, 1)
+    elif not small:  # one stage: to load the tables ahead, a row for each of many bonds, takes all shared memory
+        forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
+    elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
-    elif KP > 16:
-        forward = backward = Blocks(64, 64, 8, 1)
     elif arch.startswith("sm_8") and len(all_sides) == 2:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
-    wide = KP == 16 and itemsize == 2 and not arch.startswith("gfx")
-    few = replace(forward, n=16, c=128, stages=2) if wide else replace(forward, n=16)
-    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (few, forward, backward)))
+    # 16 rows by so many features that a thread still loads 16 bytes at once
+    lanes = forward.warps * (64 if amd else 32)
+    few = replace(forward, n=16, c=max(forward.c, lanes // itemsize), stages=min(forward.stages, 2))
+    return Plan(all_sides, arch, *_no_wider(all_sides, few, forward, backward))
+
+
+def _no_wider(all_sides: tuple[Side, ...], *kernels: Blocks) -> Iterator[Blocks]:
+    """The blocks, with no more features than there are."""
+    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
+    for blocks in kernels:
+        yield replace(blocks, c=min(blocks.c, widest))

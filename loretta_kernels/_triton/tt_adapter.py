@@ -86,7 +86,7 @@ def tt_adapter_fwd(
                 "BLOCK_B": plan.block_b,
                 "ACTIVATION": activation,
                 "DROPOUT_P": dropout_p,
-                **block_constants(blocks, x.dtype, y_dtype),
+                **block_constants(plan, blocks, x.dtype, y_dtype),
             },
             blocks.warps,
             blocks.stages,
@@ -155,7 +155,7 @@ def tt_adapter_bwd(
         "DSCALE": plan.dscale,
         "ARRIVED": plan.arrived,
     }
-    products = block_constants(blocks, x.dtype, dy.dtype)
+    products = block_constants(plan, blocks, x.dtype, dy.dtype)
     launch.execute(
         Launch(
             _tt_adapter_bwd_kernel,
