@@ -24,9 +24,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def emit(
-    args: argparse.Namespace, module: str, argv: Sequence[str] | None, found: dict[str, Any], text: str
-) -> None:
+def emit(args: argparse.Namespace, module: str, argv: Sequence[str] | None, found: dict[str, Any], text: str) -> None:
     """Print what the module's command found, as `args` say, and keep it where they say."""
     print(json.dumps(found, ensure_ascii=False) if args.json else text)
     if args.out is None:

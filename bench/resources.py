@@ -6,6 +6,8 @@ Compiles what training launches for many rows and for one, and reads the machine
 - no more shared memory than the architecture has
 - tensor-core instructions in every kernel
 - x and dy are loaded 16 bytes at a time
+
+Of shapes that are not first-rate (--odd) it is asked that they compile and fit into shared memory.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 
 from bench import machine_code
 from bench.architectures import ARCHITECTURES
-from bench.classes import add_class_options, chosen
+from bench.classes import FIRST_RATE, add_class_options, chosen
 from bench.global_loads import load_widths
 from bench.launches import would_launch
 from bench.output import add_output_options, emit
@@ -43,6 +45,7 @@ class Resources:
     """What one kernel costs.
 
     Args:
+        first_rate: whether its class is.
         rows: how many it is launched for.
         local_bytes, local_accesses, local_in_loops: spilled memory of a thread, and the instructions that use it.
         shared, shared_limit: bytes of a program.
@@ -51,6 +54,7 @@ class Resources:
     """
 
     case: str
+    first_rate: bool
     rank: int
     arch: str
     dtype: str
@@ -73,14 +77,16 @@ class Resources:
         if self.error:
             return [f"does not compile: {self.error}"]
         failures = []
+        if self.shared > self.shared_limit:
+            failures.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
+        if not self.first_rate:
+            return failures
         if self.local_bytes or self.local_accesses:
             spilled = f"{self.local_bytes} bytes of local memory, {self.local_accesses} accesses"
             if self.arch in NEVER_SPILLS or self.rank <= SMALL_RANK:
                 failures.append(spilled)
             elif self.local_in_loops:
                 failures.append(f"{spilled}, {self.local_in_loops} of them in a loop")
-        if self.shared > self.shared_limit:
-            failures.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
         if not self.tensor_core:
             failures.append("no tensor-core instruction")
         for name in ("x", "dy"):
@@ -108,7 +114,15 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
     from triton.compiler import ASTSource
 
     architecture = ARCHITECTURES[arch]
-    where = case.name, case.rank, arch, dtype, launch.kernel.__name__.strip("_").removesuffix("_kernel"), rows
+    where = (
+        case.name,
+        case in FIRST_RATE,
+        case.rank,
+        arch,
+        dtype,
+        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        rows,
+    )
     source = launch.source()
     try:
         kernel = triton.compile(ASTSource(**source), target=architecture.gpu_target(), options=launch.options())

@@ -6,7 +6,6 @@ rows, `parts` programs share the features of a block, so that one token does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -104,6 +103,16 @@ def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
     return _plan(sides(shape), itemsize, arch)
 
 
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may take: CUDA C++ Programming Guide, AMD Instinct MI300 ISA."""
+    return 1024 * _SHARED_KB.get(arch, 64)
+
+
+_SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227} | dict.fromkeys(
+    ("sm_86", "sm_89", "sm_120", "sm_121"), 99
+)
+
+
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
@@ -115,24 +124,31 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
         backward = Blocks(64, 16, 8, 1) if small and arch != "sm_100" else Blocks(32, 16, 4, 1)
-    elif not small:  # one stage: to load the tables ahead, a row for each of many bonds, takes all shared memory
+    elif not small:
         forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
     elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
+    elif arch.startswith("sm_12"):  # at three stages the compiler takes 128 registers, and spills
+        forward, backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)
     elif arch.startswith("sm_8") and len(all_sides) == 2:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
-    # 16 rows by so many features that a thread still loads 16 bytes at once
-    lanes = forward.warps * (64 if amd else 32)
-    few = replace(forward, n=16, c=max(forward.c, lanes // itemsize), stages=min(forward.stages, 2))
-    return Plan(all_sides, arch, *_no_wider(all_sides, few, forward, backward))
+    # Few rows by so many features that a thread still loads 16 bytes at once.
+    threads = forward.warps * (64 if amd else 32)
+    few = replace(forward, n=16, c=max(forward.c, threads // itemsize), stages=min(forward.stages, 2))
+    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in (few, forward, backward)))
 
 
-def _no_wider(all_sides: tuple[Side, ...], *kernels: Blocks) -> Iterator[Blocks]:
-    """The blocks, with no more features than there are."""
-    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
-    for blocks in kernels:
-        yield replace(blocks, c=min(blocks.c, widest))
+def _fitted(blocks: Blocks, all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Blocks:
+    """The blocks with no more features than there are, and no more stages than shared memory has room for.
+
+    A stage is loaded ahead: rows, and for a side whose tiles are not made of rows in registers those of its tables.
+    Beside the stages, a tile of fp32 passes from one layout to another.
+    """
+    blocks = replace(blocks, c=min(blocks.c, max(16, next_power_of_2(max(side.size for side in all_sides)))))
+    stage = blocks.n * blocks.c * itemsize + max(side.loaded_bytes(blocks.c) for side in all_sides)
+    room = shared_limit(arch) - 4 * blocks.n * blocks.c
+    return replace(blocks, stages=max(1, min(blocks.stages, 1 + room // stage)))

@@ -154,6 +154,12 @@ class Side:
         """Whether the features of a block all have the same heavy row."""
         return not self.is_input and self.second % block == 0
 
+    def loaded_bytes(self, block: int) -> int:
+        """Bytes of the tables' rows that a block of features is made of, where every feature loads its own."""
+        if self.keeps_heavy(block) or self.shares_heavy(block):
+            return 0
+        return 4 * self.A * block * (self.KP + self.has_light)
+
     def form(self, block: int) -> str:
         """How a block of features is made."""
         if not self.has_light:
