@@ -1,6 +1,6 @@
 """python -m bench.traffic: the bytes that the kernels move, counted in Triton's interpreter; needs no GPU.
 
-Forward and backward run for a few blocks of rows, and for twice as many. What grows is the traffic of a row; the rest
+Forward and backward run for a few blocks of rows, and for one more. What grows is the traffic of a row; the rest
 is paid once, by the last program of the backward. The ratio is that of 8192 rows to the compulsory bytes: forward
 reads x (and a residual that is not x) and writes y, backward reads dy and x and writes dx.
 
@@ -93,12 +93,13 @@ def measure(case: Case) -> list[Traffic]:
 def _sizes(case: Case) -> tuple[int, int]:
     """Two numbers of rows, of few blocks, for which the kernels of `ROWS` rows run, a program for each block."""
     expected = _forms(case, ROWS)
-    few = 2 * max(rows for _, _, rows in expected)
-    while _forms(case, few) != expected or _forms(case, 2 * few) != expected:
-        few *= 2
+    block = max(rows for _, _, rows in expected)
+    few = 2 * block
+    while _forms(case, few) != expected or _forms(case, few + block) != expected:
+        few += block
         if few > ROWS:
             raise RuntimeError(f"{case.name}: no smaller size runs what {ROWS} rows run, {expected}")
-    return few, 2 * few
+    return few, few + block
 
 
 def _forms(case: Case, N: int) -> list[tuple[Any, Any, int]]:
