@@ -110,8 +110,7 @@ def measure(case: Case, arch: str, dtype: str, deterministic: bool = False) -> l
 
 def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resources:
     """What one launch's kernel costs."""
-    import triton
-    from triton.compiler import ASTSource
+    from loretta_kernels._triton.compiled import compiled as compile_for
 
     architecture = ARCHITECTURES[arch]
     where = (
@@ -123,15 +122,14 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
         launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         rows,
     )
-    source = launch.source()
     try:
-        kernel = triton.compile(ASTSource(**source), target=architecture.gpu_target(), options=launch.options())
+        kernel = compile_for(launch, arch)
     except Exception as error:  # whatever the compiler raises is a finding about this kernel
         what = _cause(error)
         return Resources(*where, launch.num_warps, 0, 0, 0, 0, 0, architecture.shared_limit, 0, {}, 0.0, what)
     code = machine_code.read(kernel)
     shared = kernel.metadata.shared
-    pointers = [name for name, kind in source["signature"].items() if kind.startswith("*")]
+    pointers = [name for name, kind in launch.source()["signature"].items() if kind.startswith("*")]
     widths = load_widths(kernel.asm["llir"], pointers)
     of_rows = [name for name in ("x_ptr", "dy_ptr", "residual_ptr") if name in pointers]
     return Resources(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def explain(
     shape: TTShape, up_shape: TTShape | None = None, *, lora: bool | None = None, dtype: torch.dtype = torch.bfloat16,
-    rows: int = 8192, arch: str = "sm_90",
+    rows: int = 8192, arch: str = "sm_90", registers: bool = False,
 ) -> None:  # fmt: skip
     """Print how the kernels serve a shape: how each side is made, the two launches, their bytes and operations.
 
@@ -26,10 +27,14 @@ def explain(
         dtype: that of x.
         rows: how many rows x has.
         arch: the architecture to plan for: sm_80, sm_90, sm_100, sm_120, gfx942.
+        registers: compile the two kernels, some ten seconds, and tell what they take of a multiprocessor.
 
     Raises:
         ValueError: the second train does not take what the first one gives.
+        RuntimeError: `registers` in Triton's interpreter.
     """
+    if registers and os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("registers: the kernels cannot be compiled where TRITON_INTERPRET=1")
     if up_shape is not None and up_shape.in_features != shape.out_features:
         raise ValueError(
             f"the first train gives {shape.out_features} features, the second takes {up_shape.in_features}"
@@ -37,6 +42,8 @@ def explain(
     if lora is None:
         lora = up_shape is not None and up_shape.out_features != shape.in_features
     print("\n".join(_lines(shape, up_shape, lora, dtype, rows, arch)))
+    if registers:
+        print("\n".join(_usage(shape, up_shape, lora, dtype, rows, arch)))
 
 
 def _lines(
@@ -73,6 +80,22 @@ def _lines(
             f"{_bytes(compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
         )
     yield f"  tables of {_bytes(4 * plan.table_size)} a program; sums of {_bytes(4 * plan.grad_size)}"
+
+
+def _usage(
+    shape: TTShape, up_shape: TTShape | None, lora: bool, dtype: torch.dtype, N: int, arch: str
+) -> Iterator[str]:
+    """What the compiled kernels take."""
+    from loretta_kernels._triton.compiled import compiled, usage
+    from loretta_kernels._triton.planned import planned
+
+    operator = "tt_linear" if up_shape is None else "tt_lora" if lora else "tt_adapter"
+    for launch in planned(operator, (shape, up_shape) if up_shape else (shape,), dtype, N, arch=arch):
+        kernel = compiled(launch, arch)
+        registers, local = usage(kernel)
+        name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        shared = _bytes(kernel.metadata.shared)
+        yield f"  {name}: {registers} registers, {local} bytes spilled, {shared} of shared memory"
 
 
 def traffic(
