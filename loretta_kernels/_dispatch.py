@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,8 +41,9 @@ def backend(name: str) -> Iterator[None]:
     for a whole training run, set `LORETTA_BACKEND`.
 
     Args:
-        name: "auto", "torch" or "triton". Auto is PyTorch as long as no GPU has run the Triton kernels. A forced
-            backend that cannot serve a call makes it raise `RuntimeError` with the reason; it never falls back.
+        name: "auto", "torch" or "triton". Auto is the Triton kernels for tensors on a GPU (CUDA or ROCm), PyTorch for
+            those on the CPU, for fp64, and where triton is not installed. A forced backend that cannot serve a call
+            makes it raise `RuntimeError` with the reason; it never falls back.
 
     Raises:
         ValueError: another name.
@@ -53,20 +55,24 @@ def backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
-def choose(device: torch.device) -> str:
-    """The backend, "torch" or "triton", that serves a call on this device."""
-    if _checked(_choice.name, ENVIRONMENT_VARIABLE) != "triton":
-        return "torch"  # "auto" too: the kernels serve on request only, until a GPU has run them
-    if reason := _why_not_triton(device):
+def choose(x: torch.Tensor, *others: torch.Tensor | None) -> str:
+    """The backend, "torch" or "triton", that serves a call with these tensors; x is where it runs."""
+    name = _checked(_choice.name, ENVIRONMENT_VARIABLE)
+    if name == "torch" or (name == "auto" and not x.is_cuda):
+        return "torch"
+    reason = _why_not_triton(x.device)
+    if any(t is not None and t.dtype is torch.float64 for t in (x, *others)):
+        reason = reason or "the kernels compute in fp32, and there are fp64 tensors"
+    elif reason and name == "auto" and not torch.compiler.is_compiling():  # a warning would break the graph
+        _warn_of_the_slower_path(reason)
+    if reason and name == "triton":
         raise RuntimeError(_CANNOT.format(reason))
-    return "triton"
+    return "torch" if reason else "triton"
 
 
 def run(operator: str, *args: Any) -> Any:
     """Run an operator by the backend named in its last argument, with autocast off inside."""
     *operands, name = args
-    if name == "triton" and any(isinstance(t, torch.Tensor) and t.dtype is torch.float64 for t in operands):
-        raise RuntimeError(_CANNOT.format("the kernels compute in fp32, and there are fp64 tensors"))
     with off(operands[0].device):
         return getattr(_implementation(name), operator)(*operands)
 
@@ -86,6 +92,12 @@ def _why_not_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the tensors are on {device}, not on a GPU"
+
+
+@cache
+def _warn_of_the_slower_path(reason: str) -> None:
+    """Say once that a GPU is served by PyTorch."""
+    warnings.warn(f"{reason}: PyTorch serves the tensor trains on this GPU, which is slower", stacklevel=2)
 
 
 def _checked(name: str, source: str) -> str:

@@ -33,10 +33,13 @@ def check_vector(name: str, vector: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} must be [{size}], got {list(vector.shape)}")
 
 
-def seed_tensor(seed: int | Tensor | None) -> Tensor:
-    """The seed as a one-element int64 tensor; None draws one from torch's CPU RNG, so that no GPU is waited for."""
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a one-element int64 tensor; None draws one from the RNG of the device that reads it.
+
+    So nobody waits for a GPU, and a CUDA graph draws another one at every replay.
+    """
     if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64)
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         return torch.tensor(seed, dtype=torch.int64)
     if seed.dtype is not torch.int64 or seed.numel() != 1:

@@ -93,23 +93,25 @@ def adapter(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    learnt_scale = scale if isinstance(scale, Tensor) else None
+    learnt_scale = scale.to(x.device) if isinstance(scale, Tensor) else None
     if learnt_scale is not None and learnt_scale.numel() != 1:
         raise ValueError(f"scale must be a number or a one-element tensor, got {list(learnt_scale.shape)}")
     residual_is_x = residual is x
+    x, other_residual = cast(x), None if residual_is_x else residual
+    backend = choose(x, down, down_bias, up, up_bias, learnt_scale, other_residual)
     y: Tensor = _TTAdapter.apply(
-        cast(x),
+        x,
         down,
         down_bias,
         up,
         up_bias,
         learnt_scale,
-        None if residual_is_x else residual,
-        seed_tensor(seed) if dropout_p else None,
+        other_residual,
+        seed_tensor(seed, x.device if backend == "triton" else torch.device("cpu")) if dropout_p else None,
         down_shape,
         up_shape,
         (residual_is_x, 1.0 if isinstance(scale, Tensor) else float(scale), activation, float(dropout_p)),
-        choose(x.device),
+        backend,
     )
     return y
 

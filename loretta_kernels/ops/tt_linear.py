@@ -39,7 +39,8 @@ def tt_linear(x: Tensor, cores: Tensor, shape: TTShape, bias: Tensor | None = No
     check_cores("cores", cores, shape)
     check_x(x, shape)
     check_vector("bias", bias, shape.out_features)
-    y: Tensor = _TTLinear.apply(cast(x), cores, bias, shape, choose(x.device))
+    x = cast(x)
+    y: Tensor = _TTLinear.apply(x, cores, bias, shape, choose(x, cores, bias))
     return y
 
 

@@ -38,6 +38,54 @@ def test_serves_cpu_tensors_by_pytorch(function, problem, name):
         assert_equal(solve(function, problem), plain, 0)
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def on_gpu(dtype: torch.dtype) -> OnGPU:
+    """A tensor of this dtype that says it is on a GPU."""
+    return torch.ones(3, dtype=dtype).as_subclass(OnGPU)
+
+
+@pytest.fixture
+def has_triton(monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+
+
+@pytest.fixture
+def no_triton(monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    _dispatch._warn_of_the_slower_path.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_serves_a_gpu_by_triton(has_triton, dtype):
+    assert _dispatch.choose(on_gpu(dtype), None, torch.ones(3)) == "triton"
+    with backend("torch"):
+        assert _dispatch.choose(on_gpu(dtype)) == "torch"
+
+
+@pytest.mark.parametrize("tensors", [(torch.float64,), (torch.float32, torch.float64)], ids=["x", "cores"])
+def test_serves_fp64_on_a_gpu_by_pytorch_and_refuses_it_where_triton_is_forced(has_triton, tensors):
+    x, *others = map(on_gpu, tensors)
+    assert _dispatch.choose(x, *others) == "torch"
+    with backend("triton"), pytest.raises(RuntimeError, match="compute in fp32, and there are fp64 tensors"):
+        _dispatch.choose(x, *others)
+
+
+def test_says_once_that_a_gpu_without_triton_takes_the_slower_path(no_triton, recwarn):
+    with pytest.warns(UserWarning, match="triton is not installed: PyTorch serves .* on this GPU, which is slower"):
+        assert _dispatch.choose(on_gpu(torch.float32)) == "torch"
+    assert _dispatch.choose(on_gpu(torch.float32)) == "torch"
+    assert _dispatch.choose(on_gpu(torch.float64)) == "torch"
+    assert not recwarn.list
+    with backend("triton"), pytest.raises(RuntimeError, match="cannot serve: triton is not installed"):
+        _dispatch.choose(on_gpu(torch.float32))
+
+
 def test_rejects_another_name_and_keeps_the_old_choice():
     with backend("torch"):
         wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, torch, triton")
