@@ -1,4 +1,4 @@
-"""What the compiler makes of a launch for any architecture; no GPU, but a process without TRITON_INTERPRET, is needed."""
+"""What the compiler makes of a launch for any architecture, in a process without TRITON_INTERPRET; no GPU is needed."""
 
 from __future__ import annotations
 

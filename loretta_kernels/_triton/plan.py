@@ -128,8 +128,8 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
     elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
-    elif arch.startswith("sm_12"):  # at three stages the compiler takes 128 registers, and spills
-        forward, backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)
+    elif arch.startswith("sm_12"):  # at three stages the compiler stops at 128 registers, and spills
+        forward, backward = Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)
     elif arch.startswith("sm_8") and len(all_sides) == 2:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
