@@ -123,7 +123,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     elif itemsize > 2:
         forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
-        backward = Blocks(64, 16, 8, 1) if small and arch != "sm_100" else Blocks(32, 16, 4, 1)
+        backward = Blocks(64, 16, 8, 1) if small and not arch.startswith("sm_10") else Blocks(32, 16, 4, 1)
     elif not small:
         forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
     elif amd:
@@ -135,7 +135,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     else:
-        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
+        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch.startswith("sm_10") else 2)
     # Few rows by so many features that a thread still loads 16 bytes at once.
     threads = forward.warps * (64 if amd else 32)
     few = replace(forward, n=16, c=max(forward.c, threads // itemsize), stages=min(forward.stages, 2))
