@@ -120,6 +120,8 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     amd = arch.startswith("gfx")
     if KP > 32:
         forward = backward = Blocks(32, 32, 4, 1)
+    elif itemsize > 2 and amd:
+        forward, backward = Blocks(64 if small else 32, 32, 4, 1), Blocks(32, 32, 4, 1)
     elif itemsize > 2:
         forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
@@ -137,8 +139,8 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch.startswith("sm_10") else 2)
     # Few rows by so many features that a thread still loads 16 bytes at once.
-    threads = forward.warps * (64 if amd else 32)
-    few = replace(forward, n=16, c=max(forward.c, threads // itemsize), stages=min(forward.stages, 2))
+    rows, threads = 16 if small else 32, forward.warps * (64 if amd else 32)
+    few = replace(forward, n=rows, c=max(forward.c, 16 * threads // (itemsize * rows)), stages=min(forward.stages, 2))
     return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in (few, forward, backward)))
 
 
