@@ -126,14 +126,17 @@ def _light(tables_ptr, a, i, ok, S: tl.constexpr):
 
 @triton.jit
 def load_tile(tables_ptr, cores_ptr, kept, c0, S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The side's features from c0, `[BLOCK_C, KP]` in fp32; zero beyond its features and its waist."""
+    """The side's features from c0, `[BLOCK_C, KP]` in fp32; zero beyond its features and its waist.
+
+    `kept` are the rows of `keep_heavy`, or nothing where the side was not asked to keep them.
+    """
     c = c0 + tl.arange(0, BLOCK_C)
     ok = c < S.size
     light_i = c // S.second if S.is_input else c % S.second
     A: tl.constexpr = S.A
     if not S.has_light:
         tile = _heavy(tables_ptr, cores_ptr, 0, c, ok, S)
-    elif S.keeps_heavy(BLOCK_C):
+    elif len(kept) > 0:
         tile = _light(tables_ptr, 0, light_i, ok, S)[:, None] * kept[0]
         for a in tl.static_range(1, A):
             tile += _light(tables_ptr, a, light_i, ok, S)[:, None] * kept[a]

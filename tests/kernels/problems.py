@@ -48,9 +48,14 @@ def solve(function: Callable[..., Tensor], problem: Problem) -> Answers:
     if arguments.get("residual") == "x":
         arguments["residual"] = leaves["x"]
     y = function(**arguments)
-    dy = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).reshape(y.shape).to(problem.dy_dtype)
-    y.backward(dy.to(y.dtype))
+    y.backward(output_grad(y, problem))
     return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
+
+
+def output_grad(y: Tensor, problem: Problem) -> Tensor:
+    """The fixed dy of an output."""
+    dy = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).reshape(y.shape)
+    return dy.to(problem.dy_dtype).to(y.dtype)
 
 
 def error(answer: Tensor, truth: Tensor) -> float:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter() -> Iterator[None]:
+    """Spend the time on the kernels."""
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    from .quick_interpreter import quick_interpreter
+
+    with quick_interpreter():
+        yield
 
 
 @pytest.fixture(autouse=True)
