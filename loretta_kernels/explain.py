@@ -67,7 +67,7 @@ def _lines(
     flops = sum(2 * N * side.size * side.K for side in plan.sides)
     for kernel, blocks, (programs, moved, compulsory) in zip(
         ("forward", "backward"),
-        (plan.forward_of(N), plan.backward),
+        (plan.forward_of(N), plan.backward_of(N)),
         traffic(plan, shape, up_shape, lora, size, N),
         strict=True,
     ):
@@ -119,7 +119,7 @@ def traffic(
     moved = parts * I + residual + O + waist + programs * (tables + down_bias) + programs // parts * up_bias
     forward = programs, moved, I + O + (residual if lora else 0)
 
-    blocks = plan.backward
+    blocks = plan.backward_of(N)
     parts = plan.parts(N, blocks, first, last)
     programs = plan.programs(N, blocks) * parts
     sums = 4 * plan.grad_size * -(-N // blocks.n)

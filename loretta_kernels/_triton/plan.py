@@ -32,13 +32,15 @@ class Blocks:
 class Plan:
     """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
 
-    `few` are those of the forward of at most a block of so many rows, as in decoding.
+    `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
+    backward of so few that programs share the features.
     """
 
     sides: tuple[Side, ...]
     arch: str
     few: Blocks
     forward: Blocks
+    few_backward: Blocks
     backward: Blocks
 
     @cached_property
@@ -80,6 +82,10 @@ class Plan:
     def forward_of(self, N: int) -> Blocks:
         """The blocks of the forward of N rows."""
         return self.few if N <= self.few.n else self.forward
+
+    def backward_of(self, N: int) -> Blocks:
+        """The blocks of the backward of N rows."""
+        return self.few_backward if N <= FEW_ROWS else self.backward
 
     def programs(self, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> int:
         """How many programs share the rows."""
@@ -141,7 +147,9 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     # Few rows by so many features that a thread still loads 16 bytes at once.
     rows, threads = 16 if small else 32, forward.warps * (64 if amd else 32)
     few = replace(forward, n=rows, c=max(forward.c, 16 * threads // (itemsize * rows)), stages=min(forward.stages, 2))
-    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in (few, forward, backward)))
+    few_backward = backward
+    kernels = few, forward, few_backward, backward
+    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
 
 
 def _fitted(blocks: Blocks, all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Blocks:

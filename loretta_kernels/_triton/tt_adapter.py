@@ -118,7 +118,7 @@ def tt_adapter_bwd(
     plan = adapter_plan(down_shape, up_shape, dy.dtype.itemsize, architecture(x.device))
     LD, RD, LU, RU = plan.sides
     rows, rows_of_dy = rows_of(x, LD.size), rows_of(dy, RU.size)
-    N, blocks = len(rows), plan.backward
+    N, blocks = len(rows), plan.backward_of(len(rows))
     grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(
         (x, down, down_bias, up, up_bias, learnt_scale), needs, N
     )

@@ -243,8 +243,8 @@ def tt_linear_bwd(
     """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
     plan = linear_plan(TTShape.from_spec(tuple(spec)), x.dtype.itemsize, architecture(x.device))
     L, R = plan.sides
-    rows, rows_of_dy, blocks = rows_of(x, L.size), rows_of(dy, R.size), plan.backward
-    N = len(rows)
+    rows, rows_of_dy = rows_of(x, L.size), rows_of(dy, R.size)
+    N, blocks = len(rows), plan.backward_of(len(rows))
     grads = dx, dcores, dbias = grads_like((x, cores, bias), needs, N)
     if N == 0:
         return grads
