@@ -6,7 +6,7 @@ DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft lint clean
+.PHONY: help demo test test-long test-peft lint clean
 
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -28,6 +28,9 @@ demo: $(RUN) ## fine-tune SmolLM2-135M on real text with both methods, and print
 
 test: $(DEVELOP) ## run the test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-long: $(DEVELOP) ## run ten times as many random shapes through the kernels
+	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton
 
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py

@@ -1,4 +1,4 @@
-"""tt_adapter and tt_lora by the kernels of `tt_adapter_forward` and `tt_adapter_backward`: their launches, forward and backward."""
+"""tt_adapter and tt_lora: the launches of `tt_adapter_forward` and of `tt_adapter_backward`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def _rounded(exact: Problem) -> Problem:
 
 def _cancellation(definition: Callable[..., Tensor], exact: Problem) -> float:
     """How much larger the summands of dscale are together than their sum."""
-    without = Problem(exact.tensors | {"scale": torch.zeros_like(exact.tensors["scale"])}, exact.options, exact.dy_dtype)
+    unscaled = exact.tensors | {"scale": torch.zeros_like(exact.tensors["scale"])}
     y = solve(definition, exact)["y"]
-    summands = (y - solve(definition, without)["y"]) * output_grad(y, exact)
+    residual = solve(definition, Problem(unscaled, exact.options, exact.dy_dtype))["y"]
+    summands = (y - residual) * output_grad(y, exact)
     return (summands.abs().sum() / summands.sum().abs()).item() if summands.any() else 1.0

@@ -41,6 +41,7 @@ SQUARE = [
     pytest.param(square(520, 64, 16), (5,), id="rank-that-fills-a-tile"),
     pytest.param(square(23, 5, 2), (67,), id="prime-sizes"),
     pytest.param(square(64, 1, 3), (40,), id="bottleneck-of-one"),
+    pytest.param((TTShape((6,), (9, 8, 8), 2), TTShape((9, 8, 8), (6,), 2)), (3,), id="bottleneck-above-a-table"),
     pytest.param(square(64, 6, 3), (1,), id="one-row"),
     pytest.param(square(130, 96, 20), (9,), id="two-blocks-of-bottleneck-and-a-rank-above-a-tile"),
     pytest.param((TTShape((3, 5, 7), (2, 3), (4, 2, 6, 3)), TTShape((6,), (105,), 3)), (9,), id="a-rank-per-bond"),

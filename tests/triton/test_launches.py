@@ -48,9 +48,18 @@ def test_one_forward_and_one_backward(function, rows):
 
 
 @every_function
-def test_one_more_in_the_backward_when_it_must_be_deterministic(function):
+@pytest.mark.parametrize("rows", [1, 70])
+def test_one_more_in_the_backward_when_it_must_be_deterministic(function, rows):
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert names(launches_of(function, 70)[0]) == ["fwd", "bwd", "sum"]
+    assert names(launches_of(function, rows)[0]) == ["fwd", "bwd", "sum"]
+
+
+def test_few_rows_are_shared_by_several_programs():
+    down, up = TTShape.for_matrix(4096, 64, 5), TTShape.for_matrix(64, 4096, 5)
+    for rows, programs in ((1, 32), (64, 32), (65, 2)):
+        for record in planned("tt_adapter", (down, up), N=rows):
+            assert prod(record.grid) >= programs, (record.kernel, record.grid)
+        assert (record.constants["PARTS"] > 1) == (rows <= 64)
 
 
 @every_function

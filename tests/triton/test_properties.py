@@ -41,9 +41,10 @@ def test_takes_any_strides(layout):
         torch.testing.assert_close(ours, contiguous, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [9, 300])
 @pytest.mark.parametrize("sums", ["atomic", "ordered"])
-def test_both_ways_to_sum_agree_and_the_ordered_one_is_always_the_same(sums):
-    problem = adapter_problem(TTShape.for_matrix(96, 12, 3), TTShape.for_matrix(12, 96, 3), (300,), torch.float32)
+def test_both_ways_to_sum_agree_and_the_ordered_one_is_always_the_same(sums, rows):
+    problem = adapter_problem(TTShape.for_matrix(96, 12, 3), TTShape.for_matrix(12, 96, 3), (rows,), torch.float32)
     with backend("triton"):
         atomic = solve(tt_adapter, problem)
         torch.use_deterministic_algorithms(sums == "ordered", warn_only=True)
