@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -11,7 +10,7 @@ class Architecture:
     """What a multiprocessor (AMD: a compute unit) has, and what a program may take of it.
 
     Args:
-        backend, target, lanes: Triton's name of it, and threads of a warp.
+        lanes: threads of a warp.
         shared_limit: bytes of shared memory that one program may have.
         shared: bytes of shared memory; each program takes `shared_reserved` more than it asks for.
         warps, programs: how many are resident at most.
@@ -19,8 +18,6 @@ class Architecture:
     """
 
     name: str
-    backend: str
-    target: int | str
     lanes: int
     shared_limit: int
     shared: int
@@ -29,12 +26,6 @@ class Architecture:
     programs: int
     registers: int
     register_step: int
-
-    def gpu_target(self) -> Any:
-        """Triton's target."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(self.backend, self.target, self.lanes)
 
     def occupancy(self, registers: int, shared: int, num_warps: int) -> float:
         """The share of the resident warps that programs of this size can fill."""
@@ -49,8 +40,6 @@ class Architecture:
 def _cuda(capability: int, shared_limit: int, warps: int = 64, programs: int = 32) -> Architecture:
     return Architecture(
         f"sm_{capability}",
-        "cuda",
-        capability,
         32,
         shared_limit=shared_limit * 1024,
         shared=(shared_limit + 1) * 1024,
@@ -67,12 +56,12 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         _cuda(80, 163),
+        _cuda(86, 99, warps=48, programs=16),
+        _cuda(89, 99, warps=48, programs=24),
         _cuda(90, 227),
         _cuda(100, 227),
         _cuda(120, 99, warps=48, programs=24),
         Architecture(
-            "gfx942",
-            "hip",
             "gfx942",
             64,
             shared_limit=65536,

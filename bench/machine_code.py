@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -58,43 +53,15 @@ _AMDGCN = _Syntax(
 )
 
 
-def read(compiled: Any) -> MachineCode:
-    """The counts of a kernel that `triton.compile` returned."""
-    if "cubin" in compiled.asm:
-        return _read_cubin(compiled.asm["cubin"])
-    return _read_amdgcn(compiled.asm["amdgcn"])
+def read(kernel: Any) -> MachineCode:
+    """The counts of a kernel that Triton compiled."""
+    from loretta_kernels._triton.compiled import binary_tool, usage
 
-
-def _read_cubin(cubin: bytes) -> MachineCode:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        registers, stack, local = map(int, _match(_USAGE, _tool("cuobjdump", "-res-usage", path)).groups())
-        sass = _tool("nvdisasm", "-c", path)
-    return MachineCode(registers, stack + local, *_counts(sass, _SASS))
-
-
-def _read_amdgcn(text: str) -> MachineCode:
-    def value(name: str) -> int:
-        return int(_match(re.compile(rf"^\s+\.{name}:\s+(\d+)", re.MULTILINE), text).group(1))
-
-    return MachineCode(value("vgpr_count"), value("private_segment_fixed_size"), *_counts(text, _AMDGCN))
-
-
-def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
-    """Where the pattern is in the text: it must be."""
-    found = pattern.search(text)
-    if found is None:
-        raise RuntimeError(f"no {pattern.pattern!r} in what the disassembler prints: {text[:200]!r}")
-    return found
-
-
-def _tool(name: str, *arguments: str | Path) -> str:
-    """What a binary tool that comes with Triton prints."""
-    from triton import knobs
-
-    path = getattr(knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    if "cubin" in kernel.asm:
+        counts = _counts(binary_tool("nvdisasm", "-c", kernel), _SASS)
+    else:
+        counts = _counts(kernel.asm["amdgcn"], _AMDGCN)
+    return MachineCode(*usage(kernel), *counts)
 
 
 def _counts(text: str, syntax: _Syntax) -> tuple[int, int, int]:

@@ -1,23 +1,25 @@
 """python -m bench.resources: what every kernel of the first-rate classes costs on each architecture; needs no GPU.
 
-Compiles what training would launch, and one row's forward, and reads the machine code. Exit code 1 when a gate fails:
+Compiles what training launches for many rows and for one, and reads the machine code. Exit code 1 when a gate fails:
 
 - no local memory on sm_90 and sm_100, nor elsewhere at rank up to 8; at larger ranks elsewhere, none of it in a loop
 - no more shared memory than the architecture has
 - tensor-core instructions in every kernel
 - x and dy are loaded 16 bytes at a time
+
+Of shapes that are not first-rate (--odd) it is asked that they compile and fit into shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
@@ -25,9 +27,10 @@ import torch
 
 from bench import machine_code
 from bench.architectures import ARCHITECTURES
-from bench.classes import add_class_options, chosen
+from bench.classes import FIRST_RATE, add_class_options, chosen
 from bench.global_loads import load_widths
 from bench.launches import would_launch
+from bench.output import add_output_options, emit
 from loretta_kernels.selfcheck import Case, text_table
 
 NEVER_SPILLS = ("sm_90", "sm_100")
@@ -42,6 +45,7 @@ class Resources:
     """What one kernel costs.
 
     Args:
+        first_rate: whether its class is.
         rows: how many it is launched for.
         local_bytes, local_accesses, local_in_loops: spilled memory of a thread, and the instructions that use it.
         shared, shared_limit: bytes of a program.
@@ -50,6 +54,7 @@ class Resources:
     """
 
     case: str
+    first_rate: bool
     rank: int
     arch: str
     dtype: str
@@ -72,14 +77,16 @@ class Resources:
         if self.error:
             return [f"does not compile: {self.error}"]
         failures = []
+        if self.shared > self.shared_limit:
+            failures.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
+        if not self.first_rate:
+            return failures
         if self.local_bytes or self.local_accesses:
             spilled = f"{self.local_bytes} bytes of local memory, {self.local_accesses} accesses"
             if self.arch in NEVER_SPILLS or self.rank <= SMALL_RANK:
                 failures.append(spilled)
             elif self.local_in_loops:
                 failures.append(f"{spilled}, {self.local_in_loops} of them in a loop")
-        if self.shared > self.shared_limit:
-            failures.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
         if not self.tensor_core:
             failures.append("no tensor-core instruction")
         for name in ("x", "dy"):
@@ -92,35 +99,37 @@ class Resources:
 def measure(case: Case, arch: str, dtype: str, deterministic: bool = False) -> list[Resources]:
     """Compile every kernel of the class, and read it."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    many = would_launch(case, MANY_ROWS, DTYPES[dtype], arch)
-    one = would_launch(case, ONE_ROW, DTYPES[dtype], arch)
     launches: dict[Any, Any] = {}
-    for rows, launch in (
-        *((MANY_ROWS, launch) for launch in (*many["forward"], *many["backward"])),
-        *((ONE_ROW, launch) for launch in one["forward"]),
-    ):
-        source = launch.source()
-        key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
-        launches.setdefault(key, (rows, launch))
+    for rows in (MANY_ROWS, ONE_ROW):
+        for launch in chain(*would_launch(case, rows, DTYPES[dtype], arch).values()):
+            source = launch.source()
+            key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
+            launches.setdefault(key, (rows, launch))
     return [compiled(case, arch, dtype, rows, launch) for rows, launch in launches.values()]
 
 
 def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resources:
     """What one launch's kernel costs."""
-    import triton
-    from triton.compiler import ASTSource
+    from loretta_kernels._triton.compiled import compiled as compile_for
 
     architecture = ARCHITECTURES[arch]
-    where = case.name, case.rank, arch, dtype, launch.kernel.__name__.strip("_").removesuffix("_kernel"), rows
-    source = launch.source()
+    where = (
+        case.name,
+        case in FIRST_RATE,
+        case.rank,
+        arch,
+        dtype,
+        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        rows,
+    )
     try:
-        kernel = triton.compile(ASTSource(**source), target=architecture.gpu_target(), options=launch.options())
+        kernel = compile_for(launch, arch)
     except Exception as error:  # whatever the compiler raises is a finding about this kernel
         what = _cause(error)
         return Resources(*where, launch.num_warps, 0, 0, 0, 0, 0, architecture.shared_limit, 0, {}, 0.0, what)
     code = machine_code.read(kernel)
     shared = kernel.metadata.shared
-    pointers = [name for name, kind in source["signature"].items() if kind.startswith("*")]
+    pointers = [name for name, kind in launch.source()["signature"].items() if kind.startswith("*")]
     widths = load_widths(kernel.asm["llir"], pointers)
     of_rows = [name for name in ("x_ptr", "dy_ptr", "residual_ptr") if name in pointers]
     return Resources(
@@ -160,11 +169,8 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., list[Resource
         for row in found
         for what in row.failures()
     ]
-    if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in found], "failures": failures}, ensure_ascii=False))
-    else:
-        print(_table(found))
-        print("\n".join(["", *failures, f"{len(found)} kernels, {len(failures)} gates failed"]))
+    text = "\n".join([_table(found), "", *failures, f"{len(found)} kernels, {len(failures)} gates failed"])
+    emit(args, "bench.resources", argv, {"rows": [asdict(row) for row in found], "failures": failures}, text)
     return 1 if failures else 0
 
 
@@ -178,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
     parser.add_argument("--deterministic", action="store_true", help="what torch.use_deterministic_algorithms launches")
     add_class_options(parser)
+    add_output_options(parser)
     return parser
 
 

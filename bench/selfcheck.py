@@ -8,7 +8,6 @@ timed against a device copy of the bytes that they must move. Exit code 1 when s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from dataclasses import asdict
 import torch
 
 from bench.classes import add_class_options, chosen
+from bench.output import add_output_options, emit
 from loretta_kernels import backend
 from loretta_kernels.selfcheck import DRAWS, DTYPES, check, report, time_against_copy
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="the kernels, in Triton's interpreter on the CPU")
     parser.add_argument("--all", action="store_true", help="print every output and gradient, not the worst of each")
     add_class_options(parser)
+    add_output_options(parser)
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and not args.interpret
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -48,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             timings = [line for case in cases for line in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
     failures = [row.text for row in rows if row.missed]
     failures += [timing.text for timing in timings if timing.case == TIMED and timing.ratio > TIME_BAR]
-    if args.json:
-        objects = {"rows": [asdict(row) for row in rows], "timings": [asdict(timing) for timing in timings]}
-        print(json.dumps({"device": str(device)} | objects | {"failures": failures}, ensure_ascii=False))
-    else:
-        print(report(rows, timings, args.all))
+    found = {
+        "rows": [asdict(row) for row in rows],
+        "timings": [asdict(timing) for timing in timings],
+        "failures": failures,
+    }
+    emit(args, "bench.selfcheck", argv, found, report(rows, timings, args.all))
     return 1 if failures else 0
 
 

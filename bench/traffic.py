@@ -1,6 +1,6 @@
 """python -m bench.traffic: the bytes that the kernels move, counted in Triton's interpreter; needs no GPU.
 
-Forward and backward run for a few blocks of rows, and for twice as many. What grows is the traffic of a row; the rest
+Forward and backward run for a few blocks of rows, and for one more. What grows is the traffic of a row; the rest
 is paid once, by the last program of the backward. The ratio is that of 8192 rows to the compulsory bytes: forward
 reads x (and a residual that is not x) and writes y, backward reads dy and x and writes dx.
 
@@ -11,7 +11,6 @@ the compulsory bytes forward and 1.5 backward, in bf16. `counting.py` says what 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 from bench.classes import add_class_options, chosen
 from bench.counting import Counter, counting
 from bench.launches import launched, would_launch
+from bench.output import add_output_options, emit
 from loretta_kernels.selfcheck import Case, text_table
 
 ROWS = 8192
@@ -93,12 +93,13 @@ def measure(case: Case) -> list[Traffic]:
 def _sizes(case: Case) -> tuple[int, int]:
     """Two numbers of rows, of few blocks, for which the kernels of `ROWS` rows run, a program for each block."""
     expected = _forms(case, ROWS)
-    few = 2 * max(rows for _, _, rows in expected)
-    while _forms(case, few) != expected or _forms(case, 2 * few) != expected:
-        few *= 2
+    block = max(rows for _, _, rows in expected)
+    few = 2 * block
+    while _forms(case, few) != expected or _forms(case, few + block) != expected:
+        few += block
         if few > ROWS:
             raise RuntimeError(f"{case.name}: no smaller size runs what {ROWS} rows run, {expected}")
-    return few, 2 * few
+    return few, few + block
 
 
 def _forms(case: Case, N: int) -> list[tuple[Any, Any, int]]:
@@ -157,16 +158,13 @@ def main(argv: Sequence[str] | None = None, measure: Callable[[Case], list[Traff
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, below
     found = [row for case in chosen(args) for row in measure(case)]
     failures = [f"{row.case} {row.direction}: {what}" for row in found for what in row.failures()]
-    if args.json:
-        rows = [asdict(row) | {"ratio": row.ratio, "microseconds": row.microseconds(args.bandwidth)} for row in found]
-        print(json.dumps({"rows": rows, "failures": failures}, ensure_ascii=False))
-    else:
-        print(_table(found, args.bandwidth))
-        print(f"\nbf16; ratio and us are of {ROWS} rows, us at {args.bandwidth:g} GB/s; bytes are of a row")
-        if large := [row for row in found if row.resident > L1_BYTES]:
-            print(f"more than {L1_BYTES // 1024} KB to keep in L1, so that some of `from L1` will come from L2:")
-            print("\n".join(f"  {row.case} {row.direction}: {row.resident // 1024} KB" for row in large))
-        print("\n".join([*failures, f"{len(failures)} gates failed"]))
+    notes = [f"bf16; ratio and us are of {ROWS} rows, us at {args.bandwidth:g} GB/s; bytes are of a row"]
+    if large := [row for row in found if row.resident > L1_BYTES]:
+        notes.append(f"more than {L1_BYTES // 1024} KB to keep in L1, so that some of `from L1` will come from L2:")
+        notes += [f"  {row.case} {row.direction}: {row.resident // 1024} KB" for row in large]
+    text = "\n".join([_table(found, args.bandwidth), "", *notes, *failures, f"{len(failures)} gates failed"])
+    rows = [asdict(row) | {"ratio": row.ratio, "microseconds": row.microseconds(args.bandwidth)} for row in found]
+    emit(args, "bench.traffic", argv, {"rows": rows, "failures": failures}, text)
     return 1 if failures else 0
 
 
@@ -176,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bandwidth", type=float, default=3350.0, metavar="GB/s", help="default: an H100's, 3350")
     add_class_options(parser)
+    add_output_options(parser)
     return parser
 
 

@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from loretta_kernels.shape import TTShape
 
+if TYPE_CHECKING:
+    from loretta_kernels._triton.plan import Plan
+
 
 def explain(
-    shape: TTShape, up_shape: TTShape | None = None, *, dtype: torch.dtype = torch.bfloat16, rows: int = 8192,
-    arch: str = "sm_90",
+    shape: TTShape, up_shape: TTShape | None = None, *, lora: bool | None = None, dtype: torch.dtype = torch.bfloat16,
+    rows: int = 8192, arch: str = "sm_90", registers: bool = False,
 ) -> None:  # fmt: skip
     """Print how the kernels serve a shape: how each side is made, the two launches, their bytes and operations.
 
     Args:
         shape: the train of `tt_linear`, or the first train of `tt_adapter` or `tt_lora`.
         up_shape: their second train.
+        lora: whether it is `tt_lora`, whose residual is not x; by default where y has not as many features as x.
         dtype: that of x.
         rows: how many rows x has.
         arch: the architecture to plan for: sm_80, sm_90, sm_100, sm_120, gfx942.
+        registers: compile the two kernels, some ten seconds, and tell what they take of a multiprocessor.
 
     Raises:
         ValueError: the second train does not take what the first one gives.
+        RuntimeError: `registers` in Triton's interpreter.
     """
+    if registers and os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("registers: the kernels cannot be compiled where TRITON_INTERPRET=1")
     if up_shape is not None and up_shape.in_features != shape.out_features:
         raise ValueError(
             f"the first train gives {shape.out_features} features, the second takes {up_shape.in_features}"
         )
-    print("\n".join(_lines(shape, up_shape, dtype, rows, arch)))
+    if lora is None:
+        lora = up_shape is not None and up_shape.out_features != shape.in_features
+    print("\n".join(_lines(shape, up_shape, lora, dtype, rows, arch)))
+    if registers:
+        print("\n".join(_usage(shape, up_shape, lora, dtype, rows, arch)))
 
 
-def _lines(shape: TTShape, up_shape: TTShape | None, dtype: torch.dtype, N: int, arch: str) -> Iterator[str]:
+def _lines(
+    shape: TTShape, up_shape: TTShape | None, lora: bool, dtype: torch.dtype, N: int, arch: str
+) -> Iterator[str]:
     """The lines of the explanation."""
     from loretta_kernels._triton.plan import adapter_plan, linear_plan
 
     size = dtype.itemsize
     plan = adapter_plan(shape, up_shape, size, arch) if up_shape else linear_plan(shape, size, arch)
-    name = "y = x + act(x · W_down + b_down) · W_up + b_up" if up_shape else "y = x · W + b"
+    name = "y = x · W + b"
+    if up_shape:
+        name = "y = residual + x · A · B" if lora else "y = x + act(x · W_down + b_down) · W_up + b_up"
     yield f"{name} for {N} rows in {str(dtype).removeprefix('torch.')} on {arch}"
     for title, side in zip(("L_down", "R_down", "L_up", "R_up") if up_shape else ("L", "R"), plan.sides, strict=True):
         block = plan.forward.c if side.size > plan.block_b or not up_shape else plan.block_b
@@ -46,25 +64,68 @@ def _lines(shape: TTShape, up_shape: TTShape | None, dtype: torch.dtype, N: int,
         if side.has_light:
             factors = f"light {side.light_size} x {side.A} · {factors}"
         yield f"  {title} [{side.size} x {side.K}] = {factors}: {side.form(block)}"
-    I, O, K = shape.in_features, (up_shape or shape).out_features, shape.waist
-    tables, flops = 4 * plan.table_size, sum(2 * N * side.size * side.K for side in plan.sides)
-    first, last = plan.sides[0], plan.sides[-1]
-    for kernel, blocks, shared, compulsory, again in (
-        ("forward", plan.forward_of(N), (last,), I + O, I if up_shape else 0),
-        ("backward", plan.backward, (first, last), 2 * I + O, O if up_shape else 0),
+    flops = sum(2 * N * side.size * side.K for side in plan.sides)
+    for kernel, blocks, (programs, moved, compulsory) in zip(
+        ("forward", "backward"),
+        (plan.forward_of(N), plan.backward_of(N)),
+        traffic(plan, shape, up_shape, lora, size, N),
+        strict=True,
     ):
-        programs, parts = plan.programs(N, blocks), plan.parts(N, blocks, *shared)
-        sums = 4 * plan.grad_size * -(-N // blocks.n) if kernel == "backward" else 0
-        moved = N * (size * (compulsory + again) + 4 * K) + 2 * tables * programs * parts + sums
         yield (
-            f"  {kernel}: {programs * parts} programs of {blocks.warps} warps, {blocks.n} rows and {blocks.c} features "
+            f"  {kernel}: {programs} programs of {blocks.warps} warps, {blocks.n} rows and {blocks.c} features "
             f"at a time, {blocks.stages} stages"
         )
         yield (
-            f"    {_bytes(moved)} moved, {moved / max(1, size * N * compulsory):.2f} times the compulsory "
-            f"{_bytes(size * N * compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
+            f"    {_bytes(moved)} moved, {moved / max(1, compulsory):.2f} times the compulsory "
+            f"{_bytes(compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
         )
-    yield f"  tables of {_bytes(tables)} a program; sums of {_bytes(4 * plan.grad_size)}"
+    yield f"  tables of {_bytes(4 * plan.table_size)} a program; sums of {_bytes(4 * plan.grad_size)}"
+
+
+def _usage(
+    shape: TTShape, up_shape: TTShape | None, lora: bool, dtype: torch.dtype, N: int, arch: str
+) -> Iterator[str]:
+    """What the compiled kernels take."""
+    from loretta_kernels._triton.compiled import compiled, usage
+    from loretta_kernels._triton.planned import planned
+
+    operator = "tt_linear" if up_shape is None else "tt_lora" if lora else "tt_adapter"
+    for launch in planned(operator, (shape, up_shape) if up_shape else (shape,), dtype, N, arch=arch):
+        kernel = compiled(launch, arch)
+        registers, local = usage(kernel)
+        name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        shared = _bytes(kernel.metadata.shared)
+        yield f"  {name}: {registers} registers, {local} bytes spilled, {shared} of shared memory"
+
+
+def traffic(
+    plan: Plan, shape: TTShape, up_shape: TTShape | None, lora: bool, itemsize: int, N: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Of forward and backward: programs, bytes that they move, and those of them that must be.
+
+    Of activations every access counts; tables and parameters, which stay in L1, count once for each program.
+    """
+    first, last = plan.sides[0], plan.sides[-1]
+    I, O, waist = itemsize * N * first.size, itemsize * N * last.size, 4 * N * first.K
+    adapts = up_shape is not None and not lora
+    cores = 4 * (shape.num_params + (up_shape.num_params if up_shape else 0))
+    down_bias, up_bias = 4 * shape.out_features if adapts else 0, 0 if lora else 4 * last.size
+    tables = 2 * 4 * plan.table_size + cores  # made from the cores, stored, and loaded
+
+    blocks = plan.forward_of(N)
+    parts = plan.parts(N, blocks, last)
+    programs = plan.programs(N, blocks) * parts
+    residual = O if up_shape else 0
+    moved = parts * I + residual + O + waist + programs * (tables + down_bias) + programs // parts * up_bias
+    forward = programs, moved, I + O + (residual if lora else 0)
+
+    blocks = plan.backward_of(N)
+    parts = plan.parts(N, blocks, first, last)
+    programs = plan.programs(N, blocks) * parts
+    sums = 4 * plan.grad_size * -(-N // blocks.n)
+    again = O if adapts else 0  # dy, for dx
+    moved = parts * (O + waist) + 2 * I + again + sums + programs * (tables + down_bias)
+    return forward, (programs, moved, 2 * I + O)
 
 
 def _bytes(size: float) -> str:

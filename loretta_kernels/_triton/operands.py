@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from loretta_kernels._triton.plan import Blocks
+from loretta_kernels._triton.plan import Blocks, Plan
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DEFAULT_ARCHITECTURE = "sm_90"
@@ -51,7 +51,7 @@ def needed(grads: dict[str, Tensor], needs: Sequence[bool]) -> dict[str, Tensor 
     return {name: grad if need else None for (name, grad), need in zip(grads.items(), needs, strict=True)}
 
 
-def block_constants(blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
+def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
     """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
     dtype = x_dtype if x_dtype is y_dtype else torch.float32
     exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -59,7 +59,7 @@ def block_constants(blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) 
         "BLOCK_N": blocks.n,
         "BLOCK_C": blocks.c,
         "DTYPE": _DTYPES[dtype],
-        "PRECISION": "tf32x3" if exact else "tf32",
+        "PRECISION": plan.precision(exact),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from loretta_kernels._triton.side import Side, next_power_of_2, round_up, sides
+from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, sides
 from loretta_kernels.shape import TTShape
 
 MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the tables made once
@@ -32,12 +32,15 @@ class Blocks:
 class Plan:
     """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
 
-    `few` are those of the forward of at most a block of so many rows, as in decoding.
+    `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
+    backward of so few that programs share the features.
     """
 
     sides: tuple[Side, ...]
+    arch: str
     few: Blocks
     forward: Blocks
+    few_backward: Blocks
     backward: Blocks
 
     @cached_property
@@ -70,9 +73,19 @@ class Plan:
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
 
+    def precision(self, exact: bool) -> str:
+        """How fp32 is multiplied: AMD's matrix cores take it as it is."""
+        if self.arch.startswith("gfx"):
+            return "ieee"
+        return "tf32x3" if exact else "tf32"
+
     def forward_of(self, N: int) -> Blocks:
         """The blocks of the forward of N rows."""
         return self.few if N <= self.few.n else self.forward
+
+    def backward_of(self, N: int) -> Blocks:
+        """The blocks of the backward of N rows."""
+        return self.few_backward if N <= FEW_ROWS else self.backward
 
     def programs(self, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> int:
         """How many programs share the rows."""
@@ -96,26 +109,58 @@ def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
     return _plan(sides(shape), itemsize, arch)
 
 
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may take: CUDA C++ Programming Guide, AMD Instinct MI300 ISA."""
+    return 1024 * _SHARED_KB.get(arch, 64)
+
+
+_SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227} | dict.fromkeys(
+    ("sm_86", "sm_89", "sm_120", "sm_121"), 99
+)
+
+
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
-    widest = max(16, next_power_of_2(max(side.size for side in all_sides)))
+    small = KP == 16 and A <= KEPT
+    amd = arch.startswith("gfx")
+    few_backward = None
     if KP > 32:
-        forward = backward = Blocks(32, 32, 8, 1)
+        forward = backward = Blocks(32, 32, 4, 1)
+    elif itemsize > 2 and amd:
+        forward, backward = Blocks(64 if small else 32, 32, 4, 1), Blocks(32, 32, 4, 1)
     elif itemsize > 2:
-        forward = Blocks(64 if KP == 16 else 32, 32, 8, 1)
+        forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
-        backward = Blocks(32 if KP > 16 or arch == "sm_100" else 64, 16, 8, 1)
-    elif arch.startswith("gfx"):
+        backward = Blocks(64, 16, 8, 1) if small and not arch.startswith("sm_10") else Blocks(32, 16, 4, 1)
+    elif not small:
+        forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
+    elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
-    elif KP > 16:
-        forward = backward = Blocks(64, 64, 8, 1)
+    elif arch.startswith("sm_12"):  # at three stages the compiler stops at 128 registers, and spills
+        forward, backward = Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)
     elif arch.startswith("sm_8") and len(all_sides) == 2:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
+    elif arch.startswith("sm_10"):  # few rows by 64: the compiler stops at 128 registers, and spills
+        forward, backward, few_backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(32, 64, 4, 2)
     else:
-        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3 if arch == "sm_100" else 2)
-    wide = KP == 16 and itemsize == 2 and not arch.startswith("gfx")
-    few = replace(forward, n=16, c=128, stages=2) if wide else replace(forward, n=16)
-    return Plan(all_sides, *(replace(blocks, c=min(blocks.c, widest)) for blocks in (few, forward, backward)))
+        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)
+    # Few rows by so many features that a thread still loads 16 bytes at once.
+    rows, threads = 16 if small else 32, forward.warps * (64 if amd else 32)
+    few = replace(forward, n=rows, c=max(forward.c, 16 * threads // (itemsize * rows)), stages=min(forward.stages, 2))
+    kernels = few, forward, few_backward or backward, backward
+    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
+
+
+def _fitted(blocks: Blocks, all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Blocks:
+    """The blocks with no more features than there are, and no more stages than shared memory has room for.
+
+    A stage is loaded ahead: rows, and for a side whose tiles are not made of rows in registers those of its tables.
+    Beside the stages, a tile of fp32 passes from one layout to another.
+    """
+    blocks = replace(blocks, c=min(blocks.c, max(16, next_power_of_2(max(side.size for side in all_sides)))))
+    stage = blocks.n * blocks.c * itemsize + max(side.loaded_bytes(blocks.c) for side in all_sides)
+    room = shared_limit(arch) - 4 * blocks.n * blocks.c
+    return replace(blocks, stages=max(1, min(blocks.stages, 1 + room // stage)))

@@ -75,6 +75,11 @@ class Side:
         return max(16, next_power_of_2(self.K + 1))
 
     @cached_property
+    def KS(self) -> int:
+        """Columns of a row of the heavy table: a power of two of at least 16 bytes, so that a row is loaded at once."""
+        return max(4, next_power_of_2(self.K))
+
+    @cached_property
     def A(self) -> int:
         """The rank of the bond between the factors."""
         return self.ranks[self.split]
@@ -132,13 +137,13 @@ class Side:
     def heavy_is_core(self) -> bool:
         """Whether the heavy factor is read from its core: a single one, and too large to copy."""
         lo, hi = self.heavy
-        return hi - lo == 1 and self.A * self.heavy_size * self.KP > LARGEST_COPY
+        return hi - lo == 1 and self.A * self.heavy_size * self.KS > LARGEST_COPY
 
     @cached_property
     def heavy_strides(self) -> tuple[int, int, int]:
         """The strides of the bond, the feature and the waist in the heavy factor, wherever it is read."""
         if not self.heavy_is_core:
-            return self.heavy_size * self.KP, self.KP, 1
+            return self.heavy_size * self.KS, self.KS, 1
         return (self.heavy_size * self.K, self.K, 1) if self.is_input else (1, self.A, self.heavy_size * self.A)
 
     def keeps_heavy(self, block: int) -> bool:
@@ -148,6 +153,12 @@ class Side:
     def shares_heavy(self, block: int) -> bool:
         """Whether the features of a block all have the same heavy row."""
         return not self.is_input and self.second % block == 0
+
+    def loaded_bytes(self, block: int) -> int:
+        """Bytes of the tables' rows that a block of features is made of, where every feature loads its own."""
+        if self.keeps_heavy(block) or self.shares_heavy(block):
+            return 0
+        return 4 * self.A * block * (self.KP + self.has_light)
 
     def form(self, block: int) -> str:
         """How a block of features is made."""
@@ -161,13 +172,13 @@ class Side:
 
     @cached_property
     def heavy_table(self) -> int:
-        """Where the heavy table `[A, features, KP]` starts."""
+        """Where the heavy table `[A, features, KS]` starts."""
         return self.table
 
     @cached_property
     def light_table(self) -> int:
         """Where the light table `[features, A]` starts."""
-        return self.table + (0 if self.heavy_is_core else round_up(self.A * self.heavy_size * self.KP, ALIGN))
+        return self.table + (0 if self.heavy_is_core else round_up(self.A * self.heavy_size * self.KS, ALIGN))
 
     @cached_property
     def partials(self) -> tuple[int, ...]:

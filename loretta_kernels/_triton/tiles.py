@@ -65,12 +65,12 @@ def _factor_at(e, ok, tables_ptr, cores_ptr, S: tl.constexpr, LO: tl.constexpr, 
 
 @triton.jit
 def store_tables(tables_ptr, cores_ptr, S: tl.constexpr):
-    """heavy [A, features, KP], zero beyond the waist, and light [features, A]; a barrier must follow."""
+    """heavy [A, features, KS], zero beyond the waist, and light [features, A]; a barrier must follow."""
     if not S.heavy_is_core:
         store_partials(tables_ptr, S.partials, cores_ptr, S, S.heavy[0], S.heavy[1])
-        for start in range(0, S.A * S.heavy_size * S.KP, TABLE_BLOCK):
+        for start in range(0, S.A * S.heavy_size * S.KS, TABLE_BLOCK):
             t = start + tl.arange(0, TABLE_BLOCK)
-            a, i, k = t // (S.KP * S.heavy_size), t // S.KP % S.heavy_size, t % S.KP
+            a, i, k = t // (S.KS * S.heavy_size), t // S.KS % S.heavy_size, t % S.KS
             e = (a * S.heavy_size + i) * S.K + k if S.is_input else (k * S.heavy_size + i) * S.A + a
             ok = (a < S.A) & (k < S.K)
             heavy = _factor_at(e, ok, tables_ptr, cores_ptr, S, S.heavy[0], S.heavy[1])
@@ -95,7 +95,7 @@ def _heavy(tables_ptr, cores_ptr, a, i, ok, S: tl.constexpr):
         ptrs = cores_ptr + S.core_starts[S.heavy[0]] + offs
         heavy = tl.load(ptrs, mask=ok[:, None] & (k < S.K)[None, :], other=0.0).to(tl.float32)
     else:
-        heavy = tl.load(tables_ptr + S.heavy_table + offs, mask=ok[:, None], other=0.0)
+        heavy = tl.load(tables_ptr + S.heavy_table + offs, mask=ok[:, None] & (k < S.KS)[None, :], other=0.0)
     return heavy
 
 

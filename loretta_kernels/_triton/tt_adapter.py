@@ -86,7 +86,7 @@ def tt_adapter_fwd(
                 "BLOCK_B": plan.block_b,
                 "ACTIVATION": activation,
                 "DROPOUT_P": dropout_p,
-                **block_constants(blocks, x.dtype, y_dtype),
+                **block_constants(plan, blocks, x.dtype, y_dtype),
             },
             blocks.warps,
             blocks.stages,
@@ -118,7 +118,7 @@ def tt_adapter_bwd(
     plan = adapter_plan(down_shape, up_shape, dy.dtype.itemsize, architecture(x.device))
     LD, RD, LU, RU = plan.sides
     rows, rows_of_dy = rows_of(x, LD.size), rows_of(dy, RU.size)
-    N, blocks = len(rows), plan.backward
+    N, blocks = len(rows), plan.backward_of(len(rows))
     grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(
         (x, down, down_bias, up, up_bias, learnt_scale), needs, N
     )
@@ -155,7 +155,7 @@ def tt_adapter_bwd(
         "DSCALE": plan.dscale,
         "ARRIVED": plan.arrived,
     }
-    products = block_constants(blocks, x.dtype, dy.dtype)
+    products = block_constants(plan, blocks, x.dtype, dy.dtype)
     launch.execute(
         Launch(
             _tt_adapter_bwd_kernel,

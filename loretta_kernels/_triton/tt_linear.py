@@ -223,7 +223,7 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
                 "N": N,
                 "stride_xn": rows.stride(0),
             },
-            {"L": L, "R": R, "TABLE_SIZE": plan.table_size, **block_constants(blocks, x.dtype, x.dtype)},
+            {"L": L, "R": R, "TABLE_SIZE": plan.table_size, **block_constants(plan, blocks, x.dtype, x.dtype)},
             blocks.warps,
             blocks.stages,
         )
@@ -243,8 +243,8 @@ def tt_linear_bwd(
     """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
     plan = linear_plan(TTShape.from_spec(tuple(spec)), x.dtype.itemsize, architecture(x.device))
     L, R = plan.sides
-    rows, rows_of_dy, blocks = rows_of(x, L.size), rows_of(dy, R.size), plan.backward
-    N = len(rows)
+    rows, rows_of_dy = rows_of(x, L.size), rows_of(dy, R.size)
+    N, blocks = len(rows), plan.backward_of(len(rows))
     grads = dx, dcores, dbias = grads_like((x, cores, bias), needs, N)
     if N == 0:
         return grads
@@ -258,7 +258,7 @@ def tt_linear_bwd(
         "scratch_ptr": waist.new_empty(plan.scratch_size),
     }
     constants = {"L": L, "R": R, "GRAD_SIZE": plan.grad_size, "ARRIVED": plan.arrived}
-    products = block_constants(blocks, x.dtype, x.dtype)
+    products = block_constants(plan, blocks, x.dtype, x.dtype)
     launch.execute(
         Launch(
             _tt_linear_bwd_kernel,

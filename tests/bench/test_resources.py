@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from bench.architectures import ARCHITECTURES
+from bench.classes import QUICK
 from bench.global_loads import load_widths
 from bench.machine_code import _SASS, _counts
 from bench.resources import Resources
 from tests.bench.processes import run_python
 
 pytest.importorskip("triton")
+from loretta_kernels._triton.plan import shared_limit
 
 GOOD = Resources(
     case="adp 4096x64x5",
+    first_rate=True,
     rank=5,
     arch="sm_90",
     dtype="bf16",
@@ -43,17 +47,41 @@ BAD = {
     "multiplies-without-tensor-cores": {"tensor_core": 0},
     "loads-x-in-narrow-pieces": {"load_bytes": {"x": 8}},
     "loads-dy-by-no-instruction-that-is-known": {"load_bytes": {"dy": 0}},
+    "is-odd-and-takes-more-shared-memory-than-there-is": {"first_rate": False, "shared": 232449},
     "does-not-compile": {"error": "CompilationError"},
 }
 
 
-def test_a_small_class_passes() -> None:
-    ran = run_python("-m", "bench.resources", "--classes", "cls 768 5", "--jobs", "1", "--json")
+def test_three_classes_pass(tmp_path: Path) -> None:
+    ran = run_python("-m", "bench.resources", "--quick", "--jobs", "1", "--json", "--out", str(tmp_path / "kept"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = json.loads(ran.stdout)["rows"]
-    assert {row["kernel"] for row in rows} == {"tt_linear_fwd", "tt_linear_bwd"}
-    assert {name: width for row in rows for name, width in row["load_bytes"].items()} == {"x": 16, "dy": 16}
-    assert all(row["registers"] > 16 and row["tensor_core"] and 0 < row["occupancy"] <= 1 for row in rows)
+    found = json.loads(ran.stdout)
+    assert {(row["case"], row["kernel"][3:], row["rows"]) for row in found["rows"]} == {
+        (case, kernel, rows)
+        for case, operator in zip(QUICK, ("adapter", "adapter", "linear"), strict=True)
+        for kernel in (f"{operator}_fwd", f"{operator}_bwd")
+        for rows in (1, 8192)
+    }
+    for row in found["rows"]:
+        assert row["registers"] > 16
+        assert row["tensor_core"] > 0
+        assert 0 < row["occupancy"] <= 1
+        assert set(row["load_bytes"].values()) == {16}
+    kept = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
+    assert found.items() <= kept.items()
+    assert {"command", "date", "torch", "triton"} <= kept.keys()
+    assert "12 kernels, 0 gates failed" in (tmp_path / "kept.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_plan_knows_the_shared_memory_of_each_architecture(arch: str) -> None:
+    assert shared_limit(arch) == ARCHITECTURES[arch].shared_limit
+
+
+@pytest.mark.slow
+def test_odd_shapes_compile_and_fit_into_little_shared_memory() -> None:
+    ran = run_python("-m", "bench.resources", "--odd", "--arch", "sm_86,gfx942", "--dtype", "bf16,fp32", "--json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
@@ -72,6 +100,7 @@ def test_fails_on_a_kernel_that_spills(arch: str) -> None:
 def test_a_good_kernel_passes() -> None:
     assert GOOD.failures() == []
     assert dataclasses.replace(GOOD, rank=16, arch="sm_80", **SPILLED).failures() == []
+    assert dataclasses.replace(GOOD, first_rate=False, **SPILLED).failures() == []
 
 
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD)
