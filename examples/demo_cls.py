@@ -34,7 +34,7 @@ TOPICS = ["business", "entertainment", "politics", "sports", "tech"]
 TRAINING_ROWS, HELD_OUT_ROWS = 320, 700
 EPOCHS, BATCH, TOKENS = 3, 16, 64
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def head_only(model: Any) -> Any:
@@ -57,8 +57,8 @@ def rep(model: Any) -> Any:
 
 # name -> how the model is prepared, and the learning rate that --tune found best for it
 METHODS: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "head only": (head_only, 3e-2),
-    "LoRA r=8": (lora, 3e-3),
+    "head only": (head_only, 1e-1),
+    "LoRA r=8": (lora, 1e-2),
     "LoRETTA_adp": (adp, 1e-2),
     "LoRETTA_rep": (rep, 1e-2),
 }

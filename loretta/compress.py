@@ -142,7 +142,7 @@ def aligned_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def compressed(matrix: Tensor, tensor_rank: int) -> tuple[Tensor, TTShape]:
     """The flat cores, in fp32, and the shape of a train near the matrix."""
-    modes = TTShape.for_matrix(*matrix.shape, 1)
+    modes = TTShape.for_matrix(matrix.shape[0], matrix.shape[1], 1)
     cores = tt_svd(matrix, modes.in_modes, modes.out_modes, tensor_rank)
     return flat(cores), TTShape(modes.in_modes, modes.out_modes, [core.shape[2] for core in cores[:-1]])
 
@@ -165,9 +165,10 @@ def rep_config(lora: LoraConfig, names: list[str], tensor_rank: int, shapes: dic
     if lora.use_rslora:
         alphas["lora_alpha"] = lora.lora_alpha * math.sqrt(lora.r)
         alphas["alpha_pattern"] = {}
-        for name in names if lora.rank_pattern or lora.alpha_pattern else ():
-            r = lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), name), lora.r)
-            alpha = lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), name), lora.lora_alpha)
+        ranks, given = lora.rank_pattern or {}, lora.alpha_pattern or {}
+        for name in names if ranks or given else ():
+            r = ranks.get(get_pattern_key(list(ranks), name), lora.r)
+            alpha = given.get(get_pattern_key(list(given), name), lora.lora_alpha)
             alphas["alpha_pattern"][re.escape(name)] = alpha * math.sqrt(r)
     return LorettaRepConfig(
         tensor_rank=tensor_rank,

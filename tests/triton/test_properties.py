@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loretta_kernels import TTShape, backend, tt_adapter, tt_linear
+from loretta_kernels import TTShape, backend, tt_adapter, tt_linear, tt_matrix
 from tests.kernels.problems import (
     TINY_DOWN,
     TINY_UP,
@@ -72,3 +72,20 @@ def test_a_frozen_train_gives_the_same_bits():
     with backend("triton"):
         trained = solve(tt_linear, problem)["y"]
         assert torch.equal(trained, tt_linear(**problem.tensors | problem.options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_the_scale_sees_parameters_that_x_s_dtype_would_round(dtype):
+    """All but the last core are whole numbers, so that its rounding to 16 bits would be the only error."""
+    torch.manual_seed(0)
+    down, up = TTShape([4, 4], [8], 3), TTShape([8], [16], 3)
+    whole = lambda *size: torch.randint(-2, 3, size).float()  # noqa: E731
+    x, cores_down = whole(5, 16).to(dtype), whole(down.num_params)
+    cores_up = torch.cat([whole(24), torch.randn(48)])
+    scale, dy = torch.ones((), requires_grad=True), whole(5, 16).to(dtype)
+    with backend("triton"):
+        y = tt_adapter(x, cores_down, down, None, cores_up, up, None, activation="identity", scale=scale)
+    (dscale,) = torch.autograd.grad(y, scale, dy)
+    exact = x.double() @ tt_matrix(cores_down.double(), down) @ tt_matrix(cores_up.double(), up)
+    summands = exact * dy.double()
+    assert abs(dscale - summands.sum()) <= 1e-5 * summands.norm()
