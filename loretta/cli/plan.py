@@ -35,7 +35,7 @@ examples:
 The step is run on tensors that have sizes and no memory: forward, loss, backward; AdamW; rows without padding, no
 autocast, no accumulation. Weights, gradients, optimiser and activations (what autograd saves) are counted. The peak,
 which adds what operators need in passing, is an estimate, and knows neither the CUDA context nor the allocator's gaps:
-leave a tenth free.
+leave a quarter free.
 lora: PEFT's LoRA with rep's --r, --alpha, --dropout and targets. full: every weight, trained in --dtype.
 """
 
