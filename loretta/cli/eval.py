@@ -1,6 +1,7 @@
 """`loretta eval`: perplexity or accuracy of a model, with or without an adapter."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +70,9 @@ def run(args: argparse.Namespace) -> None:
     batch_size = args.batch_size or record.get("batch_size") or 8
     metric = METRICS[base.task]
     scores = evaluate(model, examples, Collator(tokenizer.pad_token_id), batch_size, base.task, "evaluating")
+    if not math.isfinite(scores["loss"]):
+        raise UserError(
+            f"{args.adapter or args.model}: the loss on {args.data} is {scores['loss']}, not a finite number"
+        )
     result = {"model": base.model, "adapter": args.adapter, "task": base.task, "examples": len(examples), **scores}
     show(result, [(metric, shown_metric(metric, scores[metric])), ("examples", str(len(examples)))], args.json)

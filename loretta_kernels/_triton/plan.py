@@ -124,7 +124,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
     small = KP == 16 and A <= KEPT
     amd = arch.startswith("gfx")
-    few_backward = None
+    few_forward = few_backward = None
     if KP > 32:
         forward = backward = Blocks(32, 32, 4, 1)
     elif itemsize > 2 and amd:
@@ -143,13 +143,17 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
-    elif arch.startswith("sm_10"):  # few rows by 64: the compiler stops at 128 registers, and spills
-        forward, backward, few_backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(32, 64, 4, 2)
+    elif arch.startswith("sm_8"):
+        forward, backward, few_backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)
+    elif arch.startswith("sm_10"):  # few rows in the same blocks: the compiler stops at 128 registers, and spills
+        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3)
+        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)
     # Few rows by so many features that a thread still loads 16 bytes at once.
-    rows, threads = 16 if small else 32, forward.warps * (64 if amd else 32)
-    few = replace(forward, n=rows, c=max(forward.c, 16 * threads // (itemsize * rows)), stages=min(forward.stages, 2))
+    few = few_forward or forward
+    rows, threads = 16 if small else 32, few.warps * (64 if amd else 32)
+    few = replace(few, n=rows, c=max(few.c, 16 * threads // (itemsize * rows)), stages=min(few.stages, 2))
     kernels = few, forward, few_backward or backward, backward
     return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
 

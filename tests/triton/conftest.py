@@ -23,13 +23,16 @@ def _where_it_belongs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_interpreter() -> Iterator[None]:
-    """Spend the time on the kernels."""
+    """Spend the time on the kernels, and not on programs one after the other that would run side by side."""
     if COMPILED or not find_spec("triton"):
         yield
         return
+    from loretta_kernels._triton import plan
+
     from .quick_interpreter import quick_interpreter
 
-    with quick_interpreter():
+    with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "MAX_PARTS", 3)
         yield
 
 

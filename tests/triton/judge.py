@@ -12,6 +12,7 @@ from loretta_kernels.selfcheck.errors import FP32_ROUNDINGS
 from tests.kernels.problems import Answers, Problem, error, output_grad, solve
 
 DRAWS = 4
+FEW = 8  # elements, too few for what cancels in one to be small beside the others
 
 
 def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], problem: Problem) -> Answers:
@@ -32,6 +33,8 @@ def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], pr
         roundings = torch.finfo(torch.float32).eps * FP32_ROUNDINGS
         if name == "dscale":
             roundings *= _cancellation(definition, exact)
+        elif answer.numel() < FEW:
+            roundings *= 4
         of_rounded = (sum(error(each[name], truth[name]) ** 2 for each in rounded) / DRAWS) ** 0.5
         allowed = max(2 * error(plain[name], truth[name]), 2 * of_rounded, torch.finfo(answer.dtype).eps + roundings)
         assert error(answer, truth[name]) <= allowed, f"{name}: {error(answer, truth[name]):.2e} > {allowed:.2e}"
