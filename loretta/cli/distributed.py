@@ -52,7 +52,7 @@ def connect() -> None:
     except ImportError as error:
         raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)  # it writes to stdout, where the result goes
     if started != state.num_processes:
         raise UserError(

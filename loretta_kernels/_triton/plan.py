@@ -135,19 +135,21 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         backward = Blocks(64, 16, 8, 1) if small and not arch.startswith("sm_10") else Blocks(32, 16, 4, 1)
     elif not small:
         forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
+        if arch.startswith("sm_12"):
+            forward = Blocks(64, 32, 8, 1)
     elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
     elif arch.startswith("sm_12"):  # at three stages the compiler stops at 128 registers, and spills
-        forward, backward = Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)
+        forward, backward, few_backward = Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(64, 32, 8, 2)
     elif arch.startswith("sm_8") and len(all_sides) == 2:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     elif arch.startswith("sm_8"):
-        forward, backward, few_backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)
+        forward, backward, few_backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 1)
     elif arch.startswith("sm_10"):  # few rows in the same blocks: the compiler stops at 128 registers, and spills
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3)
-        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2)
+        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)
     # Few rows by so many features that a thread still loads 16 bytes at once.
