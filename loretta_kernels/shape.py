@@ -9,9 +9,8 @@ from math import prod
 from operator import index
 
 MAX_MODE = 16
-MAX_RANK = (
-    64  # of any bond, or the larger side of the matrix: no train needs more, and a slip of the pen fills the memory
-)
+# Of any bond, unless the matrix has a larger side: no train needs more, and a slip of the pen would fill the memory.
+MAX_RANK = 64
 
 # LoRETTA, table 10, and what the released code adds to it. The other direction of each is its mirror image.
 _PAPER_MODES: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {

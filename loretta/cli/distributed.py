@@ -52,8 +52,8 @@ def connect() -> None:
     except ImportError as error:
         raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)  # it writes to stdout, where the result goes
+        if type(handler) is logging.StreamHandler:  # its own, which writes to stdout, where the result goes
+            handler.stream = sys.stderr  # setStream() would flush what an earlier run in this process has closed
     if started != state.num_processes:
         raise UserError(
             f"this is one of {started} processes, but accelerate connected {state.num_processes}: {wanted} needs "

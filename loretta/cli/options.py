@@ -13,6 +13,7 @@ import transformers
 
 TASKS = ("causal_lm", "seq_cls")
 METHODS = ("adp", "rep")
+QUANTS = {"4bit": "4 bits (NF4, its scales quantised too)", "8bit": "8 bits"}  # name in records -> in the help
 DATA_FORMATS = """\
 data formats (FILE is read by its suffix; a blank line is allowed at the end only):
   .txt    plain UTF-8 text, cut into blocks of --seq-len tokens
@@ -73,7 +74,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, dtypes: tuple[str, ...
         "--dtype", choices=dtypes, help="dtype of the base model (default: bfloat16 on a GPU, else float32)"
     )
     quantised = group.add_mutually_exclusive_group()
-    for quant, what in {"4bit": "4 bits (NF4, its scales quantised too)", "8bit": "8 bits"}.items():
+    for quant, what in QUANTS.items():
         quantised.add_argument(
             f"--load-in-{quant}", dest="quant", action="store_const", const=quant,
             help=f"quantise the base model's weights to {what} with bitsandbytes",

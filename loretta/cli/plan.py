@@ -29,7 +29,7 @@ presets, known offline: {", ".join(PRESETS)}
 
 examples:
   loretta plan --model llama-2-7b --seq 2048 --batch 4 --memory 24
-  loretta plan --model llama-2-70b --seq 4096 --quant 4bit --checkpointing --memory 80
+  loretta plan --model llama-2-70b --seq 4096 --quant 4bit-double --checkpointing --memory 80
   loretta plan --model llama-3.1-405b --seq 4096 --gpus 16 --fsdp --checkpointing --method adp rep --memory 80
 
 The step is run on tensors that have sizes and no memory: forward, loss, backward; AdamW; rows without padding, no
@@ -57,7 +57,12 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--task", choices=options.TASKS, help="which head (default: as `loretta params`)")
     group.add_argument("--classes", type=options.at_least_two, default=2, metavar="N", help="of seq_cls (default 2)")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base model (default bfloat16)")
-    group.add_argument("--quant", choices=QUANTS, default="none", help="bitsandbytes base; 4bit is NF4 (default none)")
+    group.add_argument(
+        "--quant",
+        choices=QUANTS,
+        default="none",
+        help="bitsandbytes base: NF4; --load-in-4bit makes 4bit-double (default none)",
+    )
     group.add_argument("--attention", choices=("sdpa", "eager"), help="default: what transformers takes")
     step = parser.add_argument_group("step")
     step.add_argument("--seq", type=options.at_least_two, required=True, metavar="N", help="tokens a row")

@@ -124,6 +124,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
     small = KP == 16 and A <= KEPT
     amd = arch.startswith("gfx")
+    adapter, bottleneck = len(all_sides) == 4, all_sides[1].size
     few_forward = few_backward = None
     if KP > 32:
         forward = backward = Blocks(32, 32, 4, 1)
@@ -133,23 +134,27 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
         forward = Blocks(64 if small else 32, 32, 8, 1)
         # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
         backward = Blocks(64, 16, 8, 1) if small and not arch.startswith("sm_10") else Blocks(32, 16, 4, 1)
+    elif not small and amd:
+        forward, backward = Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1)
     elif not small:
-        forward, backward = (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)) if amd else (Blocks(64, 64, 8, 1),) * 2
-        if arch.startswith("sm_12"):
-            forward = Blocks(64, 32, 8, 1)
+        forward, backward = Blocks(64, 32 if arch.startswith("sm_12") else 64, 8, 1), Blocks(64, 64, 8, 1)
     elif amd:
         forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
-    elif arch.startswith("sm_12"):  # at three stages the compiler stops at 128 registers, and spills
-        forward, backward, few_backward = Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(64, 32, 8, 2)
-    elif arch.startswith("sm_8") and len(all_sides) == 2:
+    # Of what follows, some kernels are stopped by the compiler at 128 registers or fewer, and spill, in other blocks.
+    elif arch.startswith("sm_12"):
+        forward, backward = Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 2) if adapter else Blocks(32, 64, 4, 2)
+        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(64, 32, 8, 2)
+    elif arch.startswith("sm_8") and not adapter:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
     elif arch.startswith("sm_8"):
-        forward, backward, few_backward = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 1)
-    elif arch.startswith("sm_10"):  # few rows in the same blocks: the compiler stops at 128 registers, and spills
-        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3)
-        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(64, 32, 8, 2)
+        forward = backward = Blocks(64, 64, 8, 2)
+        few_backward = Blocks(32, 64, 8, 2) if bottleneck > 16 else Blocks(64, 64, 8, 1)
+    elif arch.startswith("sm_10"):
+        forward = backward = Blocks(64, 64, 8, 3)
+        few_forward = Blocks(16, 64, 4, 2)
+        few_backward = Blocks(32, 64, 8, 2) if adapter and bottleneck > 64 else Blocks(64, 32, 8, 2)
     else:
         forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)
     # Few rows by so many features that a thread still loads 16 bytes at once.
