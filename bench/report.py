@@ -23,8 +23,9 @@ Run = dict[str, Any]
 
 
 def read(folder: Path) -> list[Run]:
-    """The runs of one device."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """The runs of one device; what the instruments wrote beside them is not timed, and not reported here."""
+    found = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    return [run for run in found if "benchmark" in run]
 
 
 def device_section(folder: Path, runs: Sequence[Run]) -> str:

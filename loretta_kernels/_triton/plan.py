@@ -143,7 +143,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     # Of what follows, some kernels are stopped by the compiler at 128 registers or fewer, and spill, in other blocks.
     elif arch.startswith("sm_12"):
         forward, backward = Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 2) if adapter else Blocks(32, 64, 4, 2)
-        few_forward, few_backward = Blocks(16, 64, 4, 2), Blocks(64, 32, 8, 2)
+        few_forward, few_backward = Blocks(16, 64, 4, 1), Blocks(64, 32, 8, 2)
     elif arch.startswith("sm_8") and not adapter:
         forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
     elif arch.startswith("sm_8") and A > 5:

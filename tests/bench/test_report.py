@@ -30,7 +30,7 @@ def run(benchmark: str, *records: dict) -> dict:
 @pytest.fixture
 def written(tmp_path):
     def write(*runs: dict) -> str:
-        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu").mkdir(exist_ok=True)
         for made in runs:
             (tmp_path / "cpu" / f"{made['benchmark']}.json").write_text(json.dumps(made))
         assert report.main(["--results", str(tmp_path)]) == 0
@@ -89,3 +89,10 @@ def test_the_share_of_a_step_is_over_the_frozen_base(written):
 def test_nothing_to_report_says_what_to_run(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 1
     assert "make bench" in capsys.readouterr().err
+
+
+def test_what_an_instrument_wrote_beside_the_runs_is_left_alone(written, tmp_path):
+    for folder in ("cpu", "compile"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "sweep.json").write_text(json.dumps({"command": "python -m bench.resources"}))
+    assert "sweep" not in written(run("tt_adapter", operator(16)))
