@@ -54,6 +54,16 @@ def test_one_more_in_the_backward_when_it_must_be_deterministic(function, rows):
     assert names(launches_of(function, rows)[0]) == ["fwd", "bwd", "sum"]
 
 
+@every_function
+def test_when_it_must_be_deterministic_every_program_adds_to_a_buffer_of_its_own(function):
+    """One after the other they could share one: that they race for it would show on a GPU only."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    backward = launches_of(function, 200)[0][1]
+    sums = backward.args["grads_ptr"].view(backward.grid[0], -1)
+    assert len(sums) > 1
+    assert sums.any(1).all()
+
+
 def test_few_rows_are_shared_by_several_programs(monkeypatch):
     monkeypatch.setattr(plan, "MAX_PARTS", 64)  # the tests that run the kernels have fewer
     down, up = TTShape.for_matrix(4096, 64, 5), TTShape.for_matrix(64, 4096, 5)
