@@ -55,18 +55,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """The folder of a two-layer Llama with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
+def write_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int) -> Path:
+    """A tiny Llama with random weights, and the tokenizer, in a folder."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of a two-layer Llama."""
+    return write_llama(tmp_path_factory.mktemp("models") / "llama", tokenizer, layers=2)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loretta.cli.checkpoints import seal
+from tests.cli.conftest import write_llama
 from tests.resume.killing import run
 
 SEED = 5
@@ -21,15 +21,7 @@ IN_CI = 2
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory, tokenizer) -> Path:
     """The folder of a one-layer Llama."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("model"), tokenizer, layers=1)
 
 
 @pytest.fixture(scope="module")
