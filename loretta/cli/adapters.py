@@ -23,7 +23,10 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),
     "task": (lambda value: value in options.TASKS, f"one of {', '.join(options.TASKS)}"),
     "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "quant": (lambda value: value is None or value in options.QUANTS, f"null or one of {', '.join(options.QUANTS)}"),
+    "quant": (
+        lambda value: value is None or value in tuple(options.QUANTS),
+        f"null or one of {', '.join(options.QUANTS)}",
+    ),
     "labels": (
         lambda value: value is None or (isinstance(value, list) and all(isinstance(label, str) for label in value)),
         "a list of strings or null",
