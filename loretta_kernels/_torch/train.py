@@ -32,7 +32,7 @@ def contract(cores: Tensor, shape: TTShape, dtype: torch.dtype) -> Train:
 
 
 class Train:
-    """`L` and `R` of the train that a copy of `cores` and `shape` describe."""
+    """L, stored as its transpose `Lt`, and R of the train that a copy of `cores` and `shape` describe."""
 
     def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype) -> None:
         self._shape, self._cores = shape, cores.detach().to(dtype, copy=True).contiguous()
@@ -45,7 +45,8 @@ class Train:
         self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
         self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
         self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
-        self.L = _product(self._in_matrices, self._in_partials).view(shape.in_features, K)
+        self.Lt = _product(self._in_matrices, self._in_partials).view(shape.in_features, K).t().contiguous()
+        self.L = self.Lt.t()
         self.R = _product(self._out_matrices, self._out_partials).view(K, shape.out_features)
 
     def is_of(self, cores: Tensor, shape: TTShape, dtype: torch.dtype) -> bool:
