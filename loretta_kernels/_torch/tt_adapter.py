@@ -19,7 +19,6 @@ from torch import Tensor
 from loretta_kernels._torch.activations import ACTIVATIONS
 from loretta_kernels._torch.rows import (
     Dropout,
-    chunks,
     compute_dtype,
     from_waist,
     input_grads,
@@ -56,18 +55,15 @@ def tt_adapter_fwd(
     base = rows_of_x if residual_is_x else residual
     y_dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
     total = _total(scale, learnt_scale, dtype)
-    R = up_train.R if up_bias is None else with_bias(up_train.R, up_bias)
-    dropout = _dropout(dropout_p, seed, x.device)
 
+    s = to_waist(rows_of_x, down_train.Lt, _dropout(dropout_p, seed))
+    z, R = act(_hidden(s, down_train, down_bias)) @ up_train.L, up_train.R
+    if up_bias is not None:
+        z, R = with_ones(z), with_bias(R, up_bias)
     # No view: autograd forbids changing a Function's output in place when it is one, as models do.
     y = x.new_empty(*x.shape[:-1], up_shape.out_features, dtype=y_dtype)
-    s = x.new_empty(len(rows_of_x), down_shape.waist, dtype=dtype)
-    rows_of_y, rows_of_base = y.view(-1, y.shape[-1]), None if base is None else base.reshape(-1, y.shape[-1])
-    for rows in chunks(rows_of_x, dtype, dropout):
-        to_waist(rows_of_x[rows], down_train.Lt, s[rows], dropout)
-        z = act(_hidden(s[rows], down_train, down_bias)) @ up_train.L
-        z = _times(total, z if up_bias is None else with_ones(z))
-        from_waist(rows_of_y[rows], None if rows_of_base is None else rows_of_base[rows], z, R)
+    rows_of_base = None if base is None else base.reshape(-1, up_shape.out_features)
+    from_waist(y.view(-1, up_shape.out_features), rows_of_base, _times(total, z), R)
     return y, s
 
 
@@ -96,60 +92,47 @@ def tt_adapter_bwd(
     dtype, rows_of_x, rows_of_dy = compute_dtype(x), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     down_train, up_train = contract(down, down_shape, dtype), contract(up, up_shape, dtype)
     act, dact = ACTIVATIONS[activation]
-    total, dropout = _total(scale, learnt_scale, dtype), _dropout(dropout_p, seed, x.device)
-    has_up_bias, needs_dR = up_bias is not None, needs_dup or needs_dup_bias or needs_dscale
+    total = _total(scale, learnt_scale, dtype)
+    dx = ddown = ddown_bias = dup = dup_bias = dscale = None
 
-    dx = x.new_empty(x.shape) if needs_dx else None
-    rows_of_dx = None if dx is None else dx.view(rows_of_x.shape)
-    dR_up = waist.new_zeros(up_shape.waist + has_up_bias, up_shape.out_features) if needs_dR else None
-    dLt_down = torch.zeros_like(down_train.Lt) if needs_ddown else None
-    dLt_up = dR_down = dbias = None
-    for rows in chunks(rows_of_x, dtype, dropout):
-        s, dy_rows = waist[rows], rows_of_dy[rows]
-        h = _hidden(s, down_train, down_bias)
-        a = act(h)
-        z = a @ up_train.L
-        dz = torch.empty_like(z) if needs_dh or needs_dup else None
-        output_grads(dz, dR_up, dy_rows, with_ones(z) if has_up_bias else z, up_train.R)
-        if dz is None:
-            continue
+    h = _hidden(waist, down_train, down_bias)
+    a = act(h)
+    z = a @ up_train.L
+    dz, dR = output_grads(
+        rows_of_dy,
+        z if up_bias is None else with_ones(z),
+        up_train.R,
+        needs_dh or needs_dup,
+        needs_dup or needs_dup_bias or needs_dscale,
+    )
+    if needs_dscale and learnt_scale is not None and dR is not None:
+        dtotal = (dR[: up_shape.waist] * up_train.R).sum()
+        if up_bias is not None:
+            dtotal = dtotal + dR[-1] @ up_bias.to(dtype)
+        dscale = (scale * dtotal).to(learnt_scale.dtype).reshape(learnt_scale.shape)
+    dR = None if dR is None else _times(total, dR)
+    if needs_dup_bias and up_bias is not None and dR is not None:
+        dup_bias = dR[-1].to(up_bias.dtype, copy=True)
+    if dz is not None:
         dz = _times(total, dz)
-        if needs_dup:
-            dLt_up = _plus(dLt_up, dz.t() @ a)
-        if not needs_dh:
-            continue
+        if needs_dup and dR is not None:
+            dup = up_train.dcores(dz.t() @ a, dR[: up_shape.waist]).to(up.dtype)
+    if dz is not None and needs_dh:
         dh = dact(dz @ up_train.L.t(), h, a)
-        if needs_ddown_bias:
-            dbias = _plus(dbias, dh.sum(0))
-        if needs_ddown:
-            dR_down = _plus(dR_down, s.t() @ dh)
-        if needs_dx or needs_ddown:
-            input_grads(
-                None if rows_of_dx is None else rows_of_dx[rows],
-                dLt_down,
-                dy_rows if residual_is_x else None,
-                rows_of_x[rows],
-                dh @ down_train.R.t(),
-                down_train.Lt,
-                dropout,
-            )
-
-    ddown = dup = ddown_bias = dup_bias = dscale = None
-    if dR_up is not None:
-        if needs_dscale and learnt_scale is not None:
-            dtotal = (dR_up[: up_shape.waist] * up_train.R).sum()
-            if up_bias is not None:
-                dtotal = dtotal + dR_up[-1] @ up_bias.to(dtype)
-            dscale = (scale * dtotal).to(learnt_scale.dtype).reshape(learnt_scale.shape)
-        dR_up = _times(total, dR_up)
-        if dLt_up is not None:
-            dup = up_train.dcores(dLt_up, dR_up[: up_shape.waist]).to(up.dtype)
-        if up_bias is not None and needs_dup_bias:
-            dup_bias = dR_up[-1].to(up_bias.dtype, copy=True)
-    if down_bias is not None and dbias is not None:
-        ddown_bias = dbias.to(down_bias.dtype)
-    if dLt_down is not None and dR_down is not None:
-        ddown = down_train.dcores(dLt_down, dR_down).to(down.dtype)
+        if needs_ddown_bias and down_bias is not None:
+            ddown_bias = dh.sum(0).to(down_bias.dtype)
+        dx, dLt = input_grads(
+            rows_of_x,
+            dh @ down_train.R.t(),
+            down_train.Lt,
+            needs_dx,
+            needs_ddown,
+            base=rows_of_dy if residual_is_x else None,
+            dropout=_dropout(dropout_p, seed),
+        )
+        dx = None if dx is None else dx.view(x.shape)
+        if dLt is not None:
+            ddown = down_train.dcores(dLt, waist.t() @ dh).to(down.dtype)
     dx, ddown, ddown_bias, dup, dup_bias, dscale = (
         x.new_empty(0) if grad is None else grad for grad in (dx, ddown, ddown_bias, dup, dup_bias, dscale)
     )
@@ -159,11 +142,6 @@ def tt_adapter_bwd(
 def _hidden(s: Tensor, down_train: Train, bias: Tensor | None) -> Tensor:
     """h = s · R_d + b_d."""
     return s @ down_train.R if bias is None else torch.addmm(bias.to(s.dtype), s, down_train.R)
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum over the chunks so far."""
-    return part if total is None else total.add_(part)
 
 
 def _total(scale: float, learnt_scale: Tensor | None, dtype: torch.dtype) -> float | Tensor:
@@ -176,6 +154,6 @@ def _times(total: float | Tensor, t: Tensor) -> Tensor:
     return t if isinstance(total, float) and total == 1.0 else t * total
 
 
-def _dropout(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
+def _dropout(p: float, seed: Tensor | None) -> Dropout | None:
     """The dropout of x, or None for none."""
-    return Dropout(p, seed, device) if p and seed is not None else None
+    return Dropout(p, seed) if p and seed is not None else None

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loretta_kernels._torch.rows import compute_dtype, from_waist, input_grads, output_grads, to_waist, with_bias, with_ones
+from loretta_kernels._torch.rows import (
+    compute_dtype,
+    from_waist,
+    input_grads,
+    output_grads,
+    to_waist,
+    with_bias,
+    with_ones,
+)
 from loretta_kernels._torch.train import contract
 from loretta_kernels.shape import TTShape
 
@@ -20,14 +28,10 @@ def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | 
     shape = TTShape.from_spec(tuple(spec))
     rows_of_x = x.reshape(-1, shape.in_features)
     train = contract(cores, shape, compute_dtype(x))
-    s = rows_of_x.new_empty(len(rows_of_x), shape.waist, dtype=train.R.dtype)
-    to_waist(rows_of_x, train.Lt, s)
+    s, R = to_waist(rows_of_x, train.Lt), train.R
     y = x.new_empty(*x.shape[:-1], shape.out_features)
-    rows_of_y = y.view(-1, shape.out_features)
-    if bias is None:
-        from_waist(rows_of_y, None, s, train.R)
-    else:
-        from_waist(rows_of_y, None, with_ones(s), with_bias(train.R, bias))
+    terms = (s, R) if bias is None else (with_ones(s), with_bias(R, bias))
+    from_waist(y.view(-1, shape.out_features), None, *terms)
     return y, s
 
 
@@ -44,18 +48,16 @@ def tt_linear_bwd(
     needs_dx, needs_dcores, needs_dbias = needs
     shape = TTShape.from_spec(tuple(spec))
     train = contract(cores, shape, compute_dtype(x))
-    rows_of_x, rows_of_dy = x.reshape(-1, shape.in_features), dy.reshape(-1, shape.out_features)
-    dx = x.new_empty(x.shape if needs_dx else 0)
-    ds = torch.empty_like(waist) if needs_dx or needs_dcores else None
-    dR = waist.new_zeros(shape.waist + (bias is not None), shape.out_features)
-    dLt = torch.zeros_like(train.Lt) if needs_dcores else None
-    output_grads(
-        ds, dR if needs_dcores or needs_dbias else None, rows_of_dy, waist if bias is None else with_ones(waist), train.R
-    )
+    s = waist if bias is None else with_ones(waist)
+    rows_of_dy = dy.reshape(-1, shape.out_features)
+    ds, dR = output_grads(rows_of_dy, s, train.R, needs_dx or needs_dcores, needs_dcores or needs_dbias)
+    dx = dcores = dbias = None
     if ds is not None:
-        input_grads(dx.view(rows_of_x.shape) if needs_dx else None, dLt, None, rows_of_x, ds, train.Lt)
-    return (
-        dx,
-        x.new_empty(0) if dLt is None else train.dcores(dLt, dR[: shape.waist]).to(cores.dtype),
-        dR[-1].to(bias.dtype, copy=True) if bias is not None and needs_dbias else x.new_empty(0),
-    )
+        dx, dLt = input_grads(x.reshape(-1, shape.in_features), ds, train.Lt, needs_dx, needs_dcores)
+        dx = None if dx is None else dx.view(x.shape)
+        if dLt is not None and dR is not None:
+            dcores = train.dcores(dLt, dR[: shape.waist]).to(cores.dtype)
+    if bias is not None and needs_dbias and dR is not None:
+        dbias = dR[-1].to(bias.dtype, copy=True)
+    dx, dcores, dbias = (x.new_empty(0) if grad is None else grad for grad in (dx, dcores, dbias))
+    return dx, dcores, dbias

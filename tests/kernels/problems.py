@@ -143,5 +143,5 @@ def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     from loretta_kernels._torch.rows import Dropout, compute_dtype, row_blocks
 
     ones = torch.ones(like.numel() // like.shape[-1], like.shape[-1], dtype=like.dtype)
-    blocks = row_blocks(ones, compute_dtype(like), Dropout(p, torch.tensor(seed), ones.device))
+    blocks = row_blocks(ones, compute_dtype(like), Dropout(p, torch.tensor(seed)))
     return torch.cat([block for block, _ in blocks]).reshape(like.shape)
