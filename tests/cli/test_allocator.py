@@ -1,0 +1,45 @@
+"""The C allocator keeps what tensors free."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from loretta.cli import allocator
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+
+PAGES = """
+import resource, runpy, sys, torch
+keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
+print(keep_freed_memory() if sys.argv[2] == "keep" else None)
+for count in range(20):
+    if count == 4:
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    y = torch.ones(1 << 24)  # 64 MiB
+    z = y * 2
+    del y, z
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+"""
+
+
+def pages(mode: str, **environment: str) -> tuple[str, int]:
+    """What keep_freed_memory returned in a new process, and how many pages the system then filled with zeros."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", PAGES, allocator.__file__, mode]
+    out = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=True).stdout.split()
+    return out[0], int(out[1])
+
+
+def test_freed_blocks_are_used_again():
+    kept, faults = pages("keep")
+    assert kept == "True"
+    assert faults < pages("leave")[1] / 10
+
+
+def test_settings_of_the_environment_stay():
+    assert pages("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
