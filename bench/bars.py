@@ -38,7 +38,8 @@ def _operator(record: dict[str, Any]) -> Iterator[Row]:
         if bar := UPSTREAM_BARS[kind].get(N):
             yield _at_least(f"{where}: upstream / ours", bar, upstream["both"] / ours["both"])
         if kind == "adp" and N >= 128:
-            yield _at_most(f"{where}: bytes kept, ours / upstream", 0.65, ours["saved_bytes"] / upstream["saved_bytes"])
+            kept, x_alone = (size / upstream["saved_bytes"] for size in (ours["saved_bytes"], 4 * N * record["d"]))
+            yield _at_most(f"{where}: bytes kept, ours / upstream", 0.65, kept, f" (x alone: {x_alone:.3g})")
     if "dense" in peers and N >= 128:
         yield _at_least(f"{where}: dense bottleneck / ours", 1.0, peers["dense"]["both"] / ours["both"])
     if "LoRA r=8" in peers and N == 512:
@@ -61,7 +62,7 @@ def _training(record: dict[str, Any]) -> Iterator[Row]:
             if first["share_high"] < second["share_low"] and first["share"] > 0:
                 yield _at_most(what, 0.5, ours["share"] / upstream["share"], f" ({shares})")
             else:
-                yield what, "at most 0.5", shares, "not resolved: the quartiles overlap"
+                yield what, "at most 0.5", shares, "not resolved: the intervals overlap"
 
 
 def _wrapping(record: dict[str, Any]) -> Iterator[Row]:

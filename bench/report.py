@@ -129,8 +129,9 @@ def _training(record: dict[str, Any]) -> str:
     ]
     header = ["method", "trainable", "forward ms", "backward ms", "optimiser ms", "step ms", "spread", "tokens/s"]
     title = f"{record['model']}, {record['tokens']} tokens, {record['dtype']}; the frozen base twice: "
-    title += f"{record['drift']:+.1%}. The share is what a method adds to the frozen base, over it, within a round."
-    return f"{title}\n\n{table([*header, 'peak MiB', 'share', 'its quartiles'], rows)}{_reasons([record])}"
+    title += f"{record['drift']:+.1%}. The share is what a method adds to the frozen base, over it, within a round: "
+    title += "the median over the rounds, and its interval at 95%."
+    return f"{title}\n\n{table([*header, 'peak MiB', 'share', 'its interval'], rows)}{_reasons([record])}"
 
 
 def _wrapping(records: Sequence[dict[str, Any]]) -> str:

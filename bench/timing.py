@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import comb
 from statistics import median, quantiles
 from typing import Any
 
@@ -85,6 +86,16 @@ def _summary(times: list[tuple[float, float]]) -> dict[str, float]:
         "spread": (high - low) / median(both),
         "rounds": len(both),
     }
+
+
+def interval_of_median(values: list[float]) -> tuple[float, float]:
+    """Two of the values, the k-th from either end, with the median of what they are drawn from between them: with a
+    probability of 95 % at least, k as large as that allows; of fewer than six values the outermost."""
+    n, k, below = len(values), 0, 0.5 ** len(values)
+    while (next_below := below + comb(n, k + 1) * 0.5**n) <= 0.025:
+        k, below = k + 1, next_below
+    ordered = sorted(values)
+    return ordered[k], ordered[n - 1 - k]
 
 
 def _run_on_cpu(work: Work) -> tuple[float, float]:

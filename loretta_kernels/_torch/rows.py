@@ -46,7 +46,7 @@ def row_blocks(x: Tensor, dtype: torch.dtype, dropout: Dropout | None = None) ->
     """The blocks of `x [N, I]` in order: drop(x) in `dtype`, and what drop multiplied by."""
     generator = dropout and torch.Generator(x.device).manual_seed(int(dropout.seed))
     for rows in _split(x, block_rows(x, dtype, dropout)):
-        block, factor = rows.to(dtype), None
+        block, factor = rows if rows.dtype is dtype else rows.to(dtype), None
         if dropout is not None:
             factor = _dropout_factor(block, dropout.p, generator)
             block = block * factor
@@ -78,12 +78,12 @@ def output_grads(
     step = block_rows(dy, R.dtype)
     dst = R.new_empty(len(R), len(dy)) if needs_ds else None
     dR = R.new_zeros(s.shape[1], R.shape[1]) if needs_dR else None
-    parts = _blocks_of(dst, step, dim=1), _split(s, step)
-    for (block, _), dst_part, s_part in zip(row_blocks(dy, R.dtype), *parts, strict=False):
+    parts = _blocks_of(dst, step, dim=1), _split(s.t(), step, dim=1)
+    for (block, _), dst_part, st_part in zip(row_blocks(dy, R.dtype), *parts, strict=False):
         if dst_part is not None:
             torch.mm(R, block.t(), out=dst_part)
         if dR is not None:
-            dR.addmm_(s_part.t(), block)
+            dR.addmm_(st_part, block)
     return None if dst is None else dst.t(), dR
 
 

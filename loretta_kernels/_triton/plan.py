@@ -127,7 +127,9 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     adapter, bottleneck = len(all_sides) == 4, all_sides[1].size
     few_forward = few_backward = None
     if KP > 32:
-        forward = backward = Blocks(32, 32, 4, 1)
+        forward = Blocks(32, 32, 4, 1)
+        # In fp32 a backward of 32 rows spills hundreds of bytes, and needs more than 99 KiB of shared memory.
+        backward = Blocks(16, 32, 4, 1) if itemsize > 2 and not amd else forward
     elif itemsize > 2 and amd:
         forward, backward = Blocks(64 if small else 32, 32, 4, 1), Blocks(32, 32, 4, 1)
     elif itemsize > 2:

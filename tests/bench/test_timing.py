@@ -47,3 +47,8 @@ def test_the_clock_sees_forward_and_backward_apart(monkeypatch):
     rounds = Rounds({"a": Work(lambda: None, lambda _: None)}, CPU, dropped=0)
     rounds()
     assert rounds.times["a"] == [(2.0, 5.0)]
+
+
+@pytest.mark.parametrize(("values", "interval"), [([3, 1, 2], (1, 3)), (range(9), (1, 7)), (range(20), (5, 14))])
+def test_the_interval_of_a_median_leaves_out_as_much_as_95_percent_allow(values, interval):
+    assert timing.interval_of_median(list(values)) == interval
