@@ -7,6 +7,7 @@ from math import prod
 import pytest
 import torch
 
+from bench.counting import counting
 from loretta_kernels import TTShape, backend, tt_adapter, tt_linear, tt_lora
 from tests.kernels.problems import TINY_DOWN, TINY_UP, adapter_problem, linear_problem, lora_problem, solve
 
@@ -62,6 +63,16 @@ def test_when_it_must_be_deterministic_every_program_adds_to_a_buffer_of_its_own
     sums = backward.args["grads_ptr"].view(backward.grid[0], -1)
     assert len(sums) > 1
     assert sums.any(1).all()
+
+
+@every_function
+def test_programs_add_to_the_sums_they_share_by_atomics_alone(function):
+    """One after the other they could load and store: that what others add is lost would show on a GPU only."""
+    with backend("triton"), counting() as counters:
+        solve(function, problem_of(function, 200))
+    moved = counters[1].bytes
+    assert moved["atomic", "grads_ptr"] > 0
+    assert ("store", "grads_ptr") not in moved
 
 
 def test_few_rows_are_shared_by_several_programs(monkeypatch):
