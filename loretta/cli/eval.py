@@ -7,11 +7,10 @@ from typing import Any
 
 from loretta.cli import options
 from loretta.cli.adapters import adapter_base, load_adapter, read_record
-from loretta.cli.allocator import keep_freed_memory
 from loretta.cli.encode import Collator, encode
 from loretta.cli.errors import UserError
 from loretta.cli.metrics import METRICS, evaluate
-from loretta.cli.models import DTYPES, device, load_base, load_tokenizer, make_base, usable_seq_len
+from loretta.cli.models import DTYPES, load_base, load_tokenizer, make_base, usable_seq_len
 from loretta.cli.report import show, shown_metric
 from loretta.cli.rows import read_rows
 
@@ -61,8 +60,6 @@ def run(args: argparse.Namespace) -> None:
     rows = read_rows(args.data, base.task)
     tokenizer = load_tokenizer(base)
     seq_len = usable_seq_len(args.seq_len or record.get("seq_len"), base, tokenizer)
-    if device().type == "cpu":
-        keep_freed_memory()
     model = load_base(base, tokenizer)
     labels = None
     if base.task == "seq_cls":

@@ -11,13 +11,12 @@ import torch
 from transformers import set_seed
 
 from loretta.cli import distributed, options
-from loretta.cli.allocator import keep_freed_memory
 from loretta.cli.checkpoints import fingerprint, start_or_resume
 from loretta.cli.encode import Collator, encode, label_names
 from loretta.cli.errors import UserError
 from loretta.cli.method import add_method_options, method_config, method_settings
 from loretta.cli.metrics import METRICS, evaluate
-from loretta.cli.models import Base, device, load_base, load_config, load_tokenizer, make_base, usable_seq_len
+from loretta.cli.models import Base, load_base, load_config, load_tokenizer, make_base, usable_seq_len
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
 from loretta.cli.plot import need_matplotlib, plot_losses
 from loretta.cli.report import say, show, shown_bytes, shown_metric
@@ -214,8 +213,6 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     collator = Collator(tokenizer.pad_token_id)
     arguments = training_arguments(job.schedule, output.checkpoints, base.dtype)
 
-    if device().type == "cpu":
-        keep_freed_memory()
     say(f"loading {base.model}")
     set_seed(args.seed)
     model = load_base(base, tokenizer)

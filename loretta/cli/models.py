@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from loretta.cli.allocator import keep_freed_memory
 from loretta.cli.distributed import engine
 from loretta.cli.errors import UserError, one_line
 from loretta.quantised import keep_unpacked
@@ -91,7 +92,9 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def load_base(base: Base, tokenizer: Any) -> Any:
-    """The base model on the device, in its dtype, with the task's head."""
+    """The base model on the device, in its dtype, with the task's head; on a CPU the process keeps freed memory."""
+    if device().type == "cpu":
+        keep_freed_memory()
     options: dict[str, Any] = {"dtype": getattr(torch, base.dtype)}
     if base.labels is not None:
         names = dict(enumerate(base.labels))

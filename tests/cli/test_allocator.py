@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from loretta.cli import allocator
+from loretta.cli import allocator, models
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 
@@ -43,3 +43,10 @@ def test_freed_blocks_are_used_again():
 
 def test_settings_of_the_environment_stay():
     assert pages("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+def test_a_base_on_a_cpu_is_loaded_into_a_process_that_keeps_memory(llama, tokenizer, monkeypatch):
+    called = []
+    monkeypatch.setattr(models, "keep_freed_memory", lambda: called.append(True))
+    models.load_base(models.make_base(str(llama), None, "causal_lm", "float32"), tokenizer)
+    assert called or models.device().type != "cpu"
