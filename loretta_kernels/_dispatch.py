@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -17,9 +17,10 @@ import torch
 
 from loretta_kernels._autocast import off
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "c", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
-_CANNOT = 'backend "triton" was asked for, but cannot serve: {}'
+_CANNOT = 'backend "{}" was asked for, but cannot serve: {}'
+_IN_C = (torch.float32, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -41,9 +42,10 @@ def backend(name: str) -> Iterator[None]:
     for a whole training run, set `LORETTA_BACKEND`.
 
     Args:
-        name: "auto", "torch" or "triton". Auto is the Triton kernels for tensors on a GPU (CUDA or ROCm), PyTorch for
-            those on the CPU, for fp64, and where triton is not installed. A forced backend that cannot serve a call
-            makes it raise `RuntimeError` with the reason; it never falls back.
+        name: "auto", "c", "torch" or "triton". Auto is the Triton kernels for tensors on a GPU (CUDA or ROCm), the C
+            path for fp32 and bf16 on the CPU, and PyTorch for everything else: fp64, fp16 on the CPU, and where triton
+            or a C compiler is not installed. A forced backend that cannot serve a call makes it raise `RuntimeError`
+            with the reason; it never falls back.
 
     Raises:
         ValueError: another name.
@@ -56,18 +58,20 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(x: torch.Tensor, *others: torch.Tensor | None) -> str:
-    """The backend, "torch" or "triton", that serves a call with these tensors; x is where it runs."""
+    """The backend, "c", "torch" or "triton", that serves a call with these tensors; x is where it runs."""
     name = _checked(_choice.name, ENVIRONMENT_VARIABLE)
-    if name == "torch" or (name == "auto" and not x.is_cuda):
-        return "torch"
-    reason = _why_not_triton(x.device)
-    if any(t is not None and t.dtype is torch.float64 for t in (x, *others)):
-        reason = reason or "the kernels compute in fp32, and there are fp64 tensors"
-    elif reason and name == "auto" and not torch.compiler.is_compiling():  # a warning would break the graph
-        _warn_of_the_slower_path(reason)
-    if reason and name == "triton":
-        raise RuntimeError(_CANNOT.format(reason))
-    return "torch" if reason else "triton"
+    best = _best_on(x) if name == "auto" else name
+    if best == "torch":
+        return best
+    dtypes = [t.dtype for t in (x, *others) if t is not None]
+    reason = _why_not_c(x.device, dtypes) if best == "c" else _why_not_triton(x.device, dtypes)
+    if reason is None:
+        return best
+    if name != "auto":
+        raise RuntimeError(_CANNOT.format(name, reason))
+    if _serves(best, dtypes) and not torch.compiler.is_compiling():  # a warning would break the graph
+        _warn_of_the_slower_path(reason, "GPU" if best == "triton" else "CPU")
+    return "torch"
 
 
 def run(operator: str, *args: Any) -> Any:
@@ -83,21 +87,44 @@ def _implementation(name: str) -> ModuleType:
     return import_module(f"loretta_kernels._{name}")
 
 
-def _why_not_triton(device: torch.device) -> str | None:
-    """Why Triton cannot serve a call on this device, or None when it can."""
+def _best_on(x: torch.Tensor) -> str:
+    """The fastest backend for the device of x."""
+    return "triton" if x.is_cuda else "c" if x.device.type == "cpu" else "torch"
+
+
+def _serves(name: str, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether a backend computes with such tensors."""
+    return torch.float64 not in dtypes if name == "triton" else all(dtype in _IN_C for dtype in dtypes)
+
+
+def _why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why Triton cannot serve a call with these tensors on this device, or None when it can."""
     if not _HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cuda":
-        return None
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"the tensors are on {device}, not on a GPU"
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, not on a GPU"
+    return None if _serves("triton", dtypes) else "the kernels compute in fp32, and there are fp64 tensors"
+
+
+def _why_not_c(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why C cannot serve a call with these tensors on this device, or None when it can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}, not on the CPU"
+    if not _serves("c", dtypes):
+        return f"it takes fp32 and bf16, and there are {', '.join(sorted({str(dtype) for dtype in dtypes}))} tensors"
+    return _why_no_library()
+
+
+@torch.compiler.assume_constant_result
+def _why_no_library() -> str | None:
+    """Why there is no compiled C, or None when there is; it is compiled when first asked for."""
+    return import_module("loretta_kernels._c.library").why_not()
 
 
 @cache
-def _warn_of_the_slower_path(reason: str) -> None:
-    """Say once that a GPU is served by PyTorch."""
-    warnings.warn(f"{reason}: PyTorch serves the tensor trains on this GPU, which is slower", stacklevel=2)
+def _warn_of_the_slower_path(reason: str, processor: str) -> None:
+    """Say once that a GPU or the CPU is served by PyTorch."""
+    warnings.warn(f"{reason}: PyTorch serves the tensor trains on this {processor}, which is slower", stacklevel=2)
 
 
 def _checked(name: str, source: str) -> str:

@@ -1,0 +1,106 @@
+"""A call of the library: its arguments as the C struct has them, and the memory it works in."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int64, c_uint64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loretta_kernels._c.library import library
+from loretta_kernels.shape import TTShape
+
+ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5}
+
+
+class Call(ctypes.Structure):
+    """`Call` of adapter.c, where the fields are explained."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("N", "I", "B", "O", "x_bf16", "y_bf16", "residual_bf16")),
+        *((name, c_int64) for name in ("activation", "residual_is_x", "needs", "threads")),
+        ("cores", c_int64 * 2),
+        ("cut", c_int64 * 2),
+        ("modes", c_void_p * 2),
+        ("ranks", c_void_p * 2),
+        *((name, c_int64) for name in ("ldx", "ldy", "ldr")),
+        ("seed", c_uint64),
+        ("dropout_p", c_double),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("x", "residual", "dy", "down", "down_bias", "up", "up_bias", "waist", "y")),
+        *((name, c_void_p) for name in ("dx", "ddown", "ddown_bias", "dup", "dup_bias", "dscale", "room")),
+    )
+
+
+def new_call(x: Tensor, specs: tuple[tuple[int, ...], ...], *parameters: Tensor | None) -> Call:
+    """A call with x and its dtype, the shapes of one train or two, and (down, down_bias, up, up_bias).
+
+    Tensors that are made on the way stay with the call, which holds nothing but addresses otherwise.
+    """
+    call = Call.from_buffer_copy(_template(specs)[0])
+    x = rows_of(x)
+    call.N, call.x_bf16, call.threads = len(x), x.dtype is torch.bfloat16, torch.get_num_threads()
+    call.x, call.ldx = x.data_ptr(), x.stride(0)
+    given = [None if t is None else fp32(t) for t in parameters]
+    call.down, call.down_bias, call.up, call.up_bias = (None if t is None else t.data_ptr() for t in given)
+    call.kept = x, given
+    return call
+
+
+def run(call: Call, backward: bool) -> None:
+    """Make the call, with the GIL released."""
+    lib, address = library(), ctypes.byref(call)
+    call.room = _memory.of(lib.loretta_room(address, backward))
+    (lib.loretta_backward if backward else lib.loretta_forward)(address)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x `[..., I]` as `[N, I]` whose features lie side by side: a view where it can be one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def fp32(t: Tensor) -> Tensor:
+    """t dense and in fp32, itself where it is so."""
+    return t.to(torch.float32).contiguous()
+
+
+def flags(needs: Sequence[bool]) -> int:
+    """The gradients that are needed, a bit for each."""
+    return sum(1 << bit for bit, need in enumerate(needs) if need)
+
+
+class _Memory(threading.local):
+    """What the calls of a thread work in: as much as the largest of them took."""
+
+    def __init__(self) -> None:
+        self._floats = torch.empty(0)
+
+    def of(self, size: int) -> int:
+        """The address of so many floats."""
+        if self._floats.numel() < size:
+            self._floats = torch.empty(size)
+        return self._floats.data_ptr()
+
+
+_memory = _Memory()
+
+
+@cache
+def _template(specs: tuple[tuple[int, ...], ...]) -> tuple[Call, list[Any]]:
+    """A call that has the shapes alone, and the arrays that it points to."""
+    shapes = [TTShape.from_spec(spec) for spec in specs]
+    call, arrays = Call(I=shapes[0].in_features, O=shapes[-1].out_features, scale=1.0), []
+    call.B = shapes[0].out_features if len(shapes) == 2 else 0
+    for k, shape in enumerate(shapes):
+        call.cores[k], call.cut[k] = len(shape.modes), shape.cut
+        for field, numbers in ((call.modes, shape.modes), (call.ranks, shape.bond_ranks)):
+            array = (c_int64 * len(numbers))(*numbers)
+            field[k] = ctypes.addressof(array)
+            arrays.append(array)
+    return call, arrays

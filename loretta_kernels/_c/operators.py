@@ -1,0 +1,133 @@
+"""What the operators hand to C, and what they make of its answers; the arguments are those of `_torch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loretta_kernels._c.call import ACTIVATIONS, Call, flags, new_call, rows_of, run
+from loretta_kernels.shape import TTShape
+
+
+def tt_adapter_fwd(
+    x: Tensor,
+    down: Tensor,
+    down_spec: Sequence[int],
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_spec: Sequence[int],
+    up_bias: Tensor | None,
+    learnt_scale: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """y and the down waist."""
+    call = new_call(x, (tuple(down_spec), tuple(up_spec)), down, down_bias, up, up_bias)
+    _set_options(call, learnt_scale, seed, residual_is_x, scale, activation, dropout_p)
+    waist = TTShape.from_spec(tuple(down_spec)).waist
+    if residual is None:
+        return _forward(call, x, x.dtype, waist)
+    residual, dtype = rows_of(residual), torch.promote_types(x.dtype, residual.dtype)
+    call.residual, call.ldr, call.residual_bf16 = residual.data_ptr(), residual.stride(0), _is_bf16(residual)
+    return _forward(call, x, dtype, waist)
+
+
+def tt_adapter_bwd(
+    dy: Tensor,
+    x: Tensor,
+    waist: Tensor,
+    down: Tensor,
+    down_spec: Sequence[int],
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_spec: Sequence[int],
+    up_bias: Tensor | None,
+    learnt_scale: Tensor | None,
+    seed: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, an empty tensor for the others."""
+    call = new_call(x, (tuple(down_spec), tuple(up_spec)), down, down_bias, up, up_bias)
+    _set_options(call, learnt_scale, seed, residual_is_x, scale, activation, dropout_p)
+    grads = _backward(call, dy, waist, (x, down, down_bias, up, up_bias, learnt_scale), tuple(needs))
+    return (*grads[:5], grads[5] * scale)
+
+
+def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and the waist."""
+    call = new_call(x, (tuple(spec),), cores, None, None, bias)
+    return _forward(call, x, x.dtype, TTShape.from_spec(tuple(spec)).waist)
+
+
+def tt_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    waist: Tensor,
+    cores: Tensor,
+    spec: Sequence[int],
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
+    call = new_call(x, (tuple(spec),), cores, None, None, bias)
+    needs_dx, needs_dcores, needs_dbias = needs
+    every = needs_dx, needs_dcores, False, False, needs_dbias, False
+    dx, dcores, _, _, dbias, _ = _backward(call, dy, waist, (x, cores, None, None, bias, None), every)
+    return dx, dcores, dbias
+
+
+def _set_options(
+    call: Call,
+    learnt_scale: Tensor | None,
+    seed: Tensor | None,
+    residual_is_x: bool,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+) -> None:
+    """What an adapter has and a single train has not."""
+    call.residual_is_x, call.activation, call.dropout_p = residual_is_x, ACTIVATIONS[activation], dropout_p
+    call.scale = scale if learnt_scale is None else scale * learnt_scale.item()
+    if seed is not None:
+        call.seed = seed.item() & 2**64 - 1
+
+
+def _forward(call: Call, x: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
+    """y in `dtype`, and the waist `[N, K]`."""
+    y, waist = x.new_empty(*x.shape[:-1], call.O, dtype=dtype), torch.empty(call.N, K)
+    call.y, call.y_bf16, call.waist = y.data_ptr(), _is_bf16(y), waist.data_ptr()
+    run(call, backward=False)
+    return y, waist
+
+
+def _backward(
+    call: Call, dy: Tensor, waist: Tensor, tensors: Sequence[Tensor | None], needs: tuple[bool, ...]
+) -> list[Tensor]:
+    """The gradients of x, down, down_bias, up, up_bias and the scale, in their dtypes."""
+    dy, waist = rows_of(dy), waist.contiguous()
+    call.dy, call.ldy, call.y_bf16, call.waist = dy.data_ptr(), dy.stride(0), _is_bf16(dy), waist.data_ptr()
+    x, *parameters = tensors
+    assert x is not None
+    dx, none = x.new_empty(x.shape if needs[0] else 0), x.new_empty(0)
+    grads = [
+        torch.empty(t.shape) if t is not None and need else none for t, need in zip(parameters, needs[1:], strict=True)
+    ]
+    call.dx, call.needs = dx.data_ptr(), flags(needs)
+    call.ddown, call.ddown_bias, call.dup, call.dup_bias, call.dscale = (grad.data_ptr() for grad in grads)
+    run(call, backward=True)
+    return [dx, *(g if g is none or t is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True))]
+
+
+def _is_bf16(t: Tensor) -> bool:
+    """Bf16, not fp32."""
+    return t.dtype is torch.bfloat16
