@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,20 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+    with ThreadPoolExecutor(1) as thread:  # a new one: what it keeps to work in counts too
+        profiler = thread.submit(_profile, run).result()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     return _highest(event for event in events if event.get("name") == "[memory]")
+
+
+def _profile(run: Callable[[], object]) -> profile:
+    """The profile of all allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    return profiler
 
 
 def _highest(events: Iterable[dict[str, Any]]) -> int:

@@ -20,7 +20,7 @@ from bench.timing import Work
 from bench.upstream import Unavailable
 from loretta_kernels import TTShape, backend, tt_adapter, tt_linear, tt_lora
 
-OURS, KERNELS = "loretta", "loretta kernels"
+OURS = "loretta"
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of norms; another function is off by about 1
 
 
@@ -54,12 +54,11 @@ class Peer:
 
 def peers_of(problem: Problem) -> Iterator[tuple[str, Callable[[], Peer]]]:
     """Each peer's name, and what makes it (or raises Unavailable)."""
-    cell = problem.cell
-    yield OURS, lambda: _loretta(problem, "torch")
-    if problem.device.type == "cuda":
-        yield KERNELS, lambda: _loretta(problem, "triton")
+    cell, best = problem.cell, "triton" if problem.device.type == "cuda" else "c"
+    yield OURS, lambda: _loretta(problem, best)
+    yield "loretta torch", lambda: _loretta(problem, "torch")
     if cell.compiled:
-        yield "loretta compiled", lambda: _loretta(problem, "torch", compiled=True)
+        yield "loretta compiled", lambda: _loretta(problem, best, compiled=True)
         yield "plain compiled", lambda: _plain(problem)
     yield "upstream", lambda: _upstream(problem)
     if cell.kind == "rep":

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 STYLES = {
     "loretta": ("C0", "o-"),
-    "loretta kernels": ("C9", "D-"),
+    "loretta torch": ("C9", "D-"),
     "loretta compiled": ("C0", "o:"),
     "plain compiled": ("C4", "v-"),
     "upstream": ("C3", "s-"),
@@ -34,7 +34,7 @@ def plot_operator(records: Sequence[Record], path: Path, title: str) -> None:
     (d, rank), _ = Counter((record["d"], record["rank"]) for record in records).most_common(1)[0]
     chosen = sorted((r for r in records if (r["d"], r["rank"]) == (d, rank)), key=lambda record: record["N"])
     names = [name for name in STYLES if any(name in record["peers"] for record in chosen)]
-    ours = "loretta kernels" if "loretta kernels" in names else "loretta"
+    ours = "loretta"
     figure, (times, ratios, memory) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     figure.suptitle(f"{title}: d = {d}, rank {rank}, {chosen[0]['dtype']}, forward + backward")
 

@@ -17,7 +17,7 @@ from bench.plots import plot_operator, plot_training
 
 RESULTS = Path(__file__).parent / "results"
 OPERATORS = {"tt_adapter": "LoRETTA_adp", "tt_lora": "LoRETTA_rep, the delta alone", "tt_linear": "a tensorised layer"}
-OURS, KERNELS = "loretta", "loretta kernels"
+OURS = "loretta"
 MIB = 2**20
 Run = dict[str, Any]
 
@@ -70,13 +70,13 @@ def _conditions(runs: Sequence[Run]) -> str:
 def _operator(records: Sequence[dict[str, Any]]) -> str:
     """A line for each size."""
     peers = list(dict.fromkeys(name for record in records for name in record["peers"]))
-    others = [name for name in peers if name not in (OURS, KERNELS, "copy", "base linear")]
+    others = [name for name in peers if name not in (OURS, "copy", "base linear")]
     header = ["d", "rank", "N", "forward ms", "backward ms", "both ms", "spread", "times a copy", "of the base linear"]
     header += [f"{name} / ours" for name in others] + ["kept MiB", "upstream's", "peak MiB", "upstream's", "drift"]
     rows = []
     for record in sorted(records, key=lambda record: (record["d"], record["rank"], record["N"])):
         found = record["peers"]
-        ours = found.get(KERNELS) or found.get(OURS)
+        ours = found.get(OURS)
         if ours is None:
             rows.append([record["d"], record["rank"], record["N"], f"ours is wrong by {record['red'][OURS]:.1e}"])
             continue

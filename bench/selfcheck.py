@@ -1,8 +1,9 @@
 """python -m bench.selfcheck: every operator, its output and all gradients, against its definition in fp64.
 
-Runs on the GPU where there is one, otherwise on the CPU: the PyTorch path, or with --interpret the kernels in Triton's
-interpreter. An error may be twice that of plain PyTorch in the same dtype. On a GPU forward and backward are also
-timed against a device copy of the bytes that they must move. Exit code 1 when something misses its bar.
+Runs on the GPU where there is one, otherwise on the CPU, where C serves fp32 and bf16 and PyTorch the rest; with
+--interpret the kernels run in Triton's interpreter. An error may be twice that of plain PyTorch in the same dtype. On a
+GPU forward and backward are also timed against a device copy of the bytes that they must move. Exit code 1 when
+something misses its bar.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = chosen(args)
     N, draws = (INTERPRETED_ROWS, 1) if args.interpret else (FEW_ROWS, DRAWS)
     timings = []
-    with backend("triton" if on_gpu or args.interpret else "torch"):
+    with backend("triton" if on_gpu or args.interpret else "auto"):
         rows = list(check(cases, DTYPES, N, device, draws))
         if on_gpu:
             timings = [line for case in cases for line in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]

@@ -84,6 +84,10 @@ def run(operator: str, *args: Any) -> Any:
 @cache
 def _implementation(name: str) -> ModuleType:
     """The package that holds a backend's functions, imported when first used."""
+    if name == "c" and (reason := _why_no_library()):  # in compiled code nobody has asked yet
+        if _choice.name == "c":
+            raise RuntimeError(_CANNOT.format(name, reason))
+        return import_module("loretta_kernels._torch")
     return import_module(f"loretta_kernels._{name}")
 
 
@@ -112,10 +116,9 @@ def _why_not_c(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | Non
         return f"the tensors are on {device}, not on the CPU"
     if not _serves("c", dtypes):
         return f"it takes fp32 and bf16, and there are {', '.join(sorted({str(dtype) for dtype in dtypes}))} tensors"
-    return _why_no_library()
+    return None if torch.compiler.is_compiling() else _why_no_library()  # see _implementation
 
 
-@torch.compiler.assume_constant_result
 def _why_no_library() -> str | None:
     """Why there is no compiled C, or None when there is; it is compiled when first asked for."""
     return import_module("loretta_kernels._c.library").why_not()

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     """Check, time, print; exit with 1 where something is wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     timings = []
-    with loretta_kernels.backend("triton" if device.type == "cuda" else "torch"):
+    with loretta_kernels.backend("triton" if device.type == "cuda" else "auto"):
         rows = list(check(CASES, DTYPES, FEW_ROWS, device))
         if device.type == "cuda":
             cases = [case for case in CASES if case.name in TIMED]

@@ -56,11 +56,13 @@ def _outcome() -> ctypes.CDLL | Unavailable:
 
 
 def _compiler() -> list[str]:
-    """The C compiler: CC, or the first of cc, gcc and clang that there is."""
-    found = os.environ.get("CC", "").split() or [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
-    if not found:
-        raise Unavailable("there is no C compiler: CC is not set, and none of cc, gcc and clang is installed")
-    return found if os.environ.get("CC") else found[:1]
+    """The command of the C compiler: CC, or the first of cc, gcc and clang that there is."""
+    if chosen := os.environ.get("CC", "").split():
+        return chosen
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    raise Unavailable("there is no C compiler: CC is not set, and none of cc, gcc and clang is installed")
 
 
 def _compiled(command: list[str]) -> Path:
@@ -80,7 +82,9 @@ def _key(command: list[str]) -> str:
     parts = [file.read_bytes() for file in sorted(SOURCE.glob("*.[ch]"))]
     parts += [" ".join(command).encode(), _run([command[0], "--version"]).encode()]
     processor = Path("/proc/cpuinfo").read_text().splitlines()
-    parts += sorted({line.encode() for line in processor if line.startswith(("model name", "flags", "Features", "CPU"))})
+    parts += sorted(
+        {line.encode() for line in processor if line.startswith(("model name", "flags", "Features", "CPU"))}
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

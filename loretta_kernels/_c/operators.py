@@ -99,7 +99,7 @@ def _set_options(
     call.residual_is_x, call.activation, call.dropout_p = residual_is_x, ACTIVATIONS[activation], dropout_p
     call.scale = scale if learnt_scale is None else scale * learnt_scale.item()
     if seed is not None:
-        call.seed = seed.item() & 2**64 - 1
+        call.seed = int(seed.item()) & 2**64 - 1
 
 
 def _forward(call: Call, x: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
@@ -118,14 +118,13 @@ def _backward(
     call.dy, call.ldy, call.y_bf16, call.waist = dy.data_ptr(), dy.stride(0), _is_bf16(dy), waist.data_ptr()
     x, *parameters = tensors
     assert x is not None
-    dx, none = x.new_empty(x.shape if needs[0] else 0), x.new_empty(0)
-    grads = [
-        torch.empty(t.shape) if t is not None and need else none for t, need in zip(parameters, needs[1:], strict=True)
-    ]
+    dx = x.new_empty(x.shape if needs[0] else 0)
+    wanted = [t if need else None for t, need in zip(parameters, needs[1:], strict=True)]
+    grads = [x.new_empty(0) if t is None else torch.empty(t.shape) for t in wanted]
     call.dx, call.needs = dx.data_ptr(), flags(needs)
     call.ddown, call.ddown_bias, call.dup, call.dup_bias, call.dscale = (grad.data_ptr() for grad in grads)
     run(call, backward=True)
-    return [dx, *(g if g is none or t is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True))]
+    return [dx, *(grad if t is None else grad.to(t.dtype) for grad, t in zip(grads, wanted, strict=True))]
 
 
 def _is_bf16(t: Tensor) -> bool:

@@ -39,7 +39,7 @@ def test_every_peer_here_is_right_and_timed(cell):
     absent = {"upstream"} if not upstream.FOLDER.is_dir() else set()
     assert set(found["unavailable"]) == absent
     compared = {"LoRA r=8", "LoRA r=16"} if cell.kind == "rep" else {"dense"}
-    assert set(found["peers"]) == {"loretta", "upstream", "copy", "base linear"} - absent | compared
+    assert set(found["peers"]) == {"loretta", "loretta torch", "upstream", "copy", "base linear"} - absent | compared
     assert all(peer["both"] > 0 for peer in found["peers"].values())
 
 

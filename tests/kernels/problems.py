@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from loretta_kernels import TTShape
+from loretta_kernels._dispatch import choose
+from loretta_kernels.selfcheck.errors import FP32_ROUNDINGS
 
 FP64_BAR = 1e-12
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,11 +67,11 @@ def error(answer: Tensor, truth: Tensor) -> float:
     return difference / size if size else difference
 
 
-def assert_as_good_as_plain(ours: Answers, plain: Answers, truth: Answers) -> None:
-    """At most twice the error of plain PyTorch, or what rounding costs: the answer once, fp32 products eight times."""
+def assert_as_good_as_plain(ours: Answers, plain: Answers, truth: Answers, chains: int = 1) -> None:
+    """At most twice the error of plain PyTorch, or what rounding costs: the answer, and chains of fp32 products."""
     assert ours.keys() == truth.keys() == plain.keys()
     for name, answer in ours.items():
-        rounding = torch.finfo(answer.dtype).eps + 8 * torch.finfo(torch.float32).eps
+        rounding = torch.finfo(answer.dtype).eps + chains * FP32_ROUNDINGS * torch.finfo(torch.float32).eps
         if answer.dtype is torch.float64:
             rounding = FP64_BAR
         if answer.numel() == 1:  # a sum that may cancel, with no other elements to average the luck over
@@ -139,9 +141,12 @@ def lora_problem(
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
-    """What the PyTorch path multiplies x by: its dropout of ones."""
+    """What the path that serves `like` multiplies it by: PyTorch's dropout of ones, or the mask of Triton and C."""
     from loretta_kernels._torch.rows import Dropout, compute_dtype, row_blocks
+    from tests.triton.philox import kernel_mask
 
-    ones = torch.ones(like.numel() // like.shape[-1], like.shape[-1], dtype=like.dtype)
-    blocks = row_blocks(ones, compute_dtype(like), Dropout(p, torch.tensor(seed)))
+    N, I = like.numel() // like.shape[-1], like.shape[-1]
+    if choose(like) == "c":
+        return kernel_mask(N, I, p, seed).to(compute_dtype(like)).reshape(like.shape)
+    blocks = row_blocks(torch.ones(N, I, dtype=like.dtype), compute_dtype(like), Dropout(p, torch.tensor(seed)))
     return torch.cat([block for block, _ in blocks]).reshape(like.shape)

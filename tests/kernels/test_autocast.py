@@ -9,6 +9,8 @@ from loretta_kernels import TTShape, tt_adapter, tt_linear, tt_lora
 
 from .problems import TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 DOWN, UP = TTShape.for_matrix(96, 8, 3), TTShape.for_matrix(8, 96, 3)
 CASES = [
     pytest.param(tt_linear, linear_problem(DOWN, (30,), torch.float32), id="tt_linear"),

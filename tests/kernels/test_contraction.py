@@ -1,4 +1,4 @@
-"""The contraction of the cores that is kept from call to call: it serves equal cores, and no others."""
+"""The contraction of the cores that PyTorch's path keeps from call to call: it serves equal cores, and no others."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def contractions(monkeypatch):
 
 
 def test_contracts_once_while_the_cores_are_the_same(contractions):
-    problem = adapter_problem(TINY_DOWN, TINY_UP, (6,), torch.float32, residual="none")
+    problem = adapter_problem(TINY_DOWN, TINY_UP, (6,), torch.float64, residual="none")
     leaves = {name: None if t is None else t.requires_grad_() for name, t in problem.tensors.items()}
     for _ in range(3):
         tt_adapter(**leaves | problem.options).sum().backward()
@@ -140,8 +140,8 @@ def test_contracts_once_while_the_cores_are_the_same(contractions):
 def test_what_is_kept_goes_with_the_cores():
     gc.collect()
     before = len(train._latest)
-    cores = random_cores(SHAPE)
-    tt_linear(torch.randn(3, 12), cores, SHAPE)
+    cores = random_cores(SHAPE, torch.float64)
+    tt_linear(torch.randn(3, 12, dtype=torch.float64), cores, SHAPE)
     assert len(train._latest) == before + 1
     del cores
     gc.collect()

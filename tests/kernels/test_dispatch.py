@@ -30,12 +30,47 @@ def test_a_forced_backend_that_cannot_serve_says_why(function, problem):
         function(**problem.tensors | problem.options)
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("served", ["c", "torch"])
 @pytest.mark.parametrize(("function", "problem"), CASES)
-def test_serves_cpu_tensors_by_pytorch(function, problem, name):
-    plain = solve(function, problem)
-    with backend(name):
-        assert_equal(solve(function, problem), plain, 0)
+def test_serves_the_cpu_by_c_or_else_by_pytorch(monkeypatch, function, problem, served):
+    with backend(served):
+        wanted = solve(function, problem)
+    if served == "torch":
+        monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
+        _dispatch._warn_of_the_slower_path.cache_clear()
+        with pytest.warns(UserWarning, match="no C compiler: PyTorch serves .* on this CPU, which is slower"):
+            solve(function, problem)
+    assert_equal(solve(function, problem), wanted, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "served"),
+    [
+        ((torch.float32,), "c"),
+        ((torch.bfloat16, torch.float32), "c"),
+        ((torch.float64, torch.float64), "torch"),
+        ((torch.float16, torch.float32), "torch"),
+        ((torch.float32, torch.float64), "torch"),
+    ],
+    ids=str,
+)
+def test_c_takes_fp32_and_bf16(dtypes, served):
+    x, *others = (torch.ones(3, dtype=dtype) for dtype in dtypes)
+    assert _dispatch.choose(x, None, *others) == served
+    with backend("torch"):
+        assert _dispatch.choose(x, *others) == "torch"
+    if served == "torch":
+        refused = pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: it takes fp32 and bf16')
+        with backend("c"), refused:
+            _dispatch.choose(x, *others)
+
+
+def test_c_forced_says_why_it_cannot_serve(monkeypatch):
+    with backend("c"), pytest.raises(RuntimeError, match="the tensors are on meta, not on the CPU"):
+        _dispatch.choose(torch.ones(3, device="meta"))
+    monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
+    with backend("c"), pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: there is no C compiler'):
+        _dispatch.choose(torch.ones(3))
 
 
 class OnGPU(torch.Tensor):
@@ -88,7 +123,7 @@ def test_says_once_that_a_gpu_without_triton_takes_the_slower_path(no_triton, re
 
 def test_rejects_another_name_and_keeps_the_old_choice():
     with backend("torch"):
-        wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, torch, triton")
+        wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, c, torch, triton")
         with wrong, backend("cuda"):
             pass
         assert _dispatch._choice.name == "torch"
@@ -123,11 +158,12 @@ def test_backward_runs_where_forward_ran():
 def test_the_operator_runs_in_the_backend_it_is_told(monkeypatch):
     asked = []
     monkeypatch.setattr(_dispatch, "_implementation", lambda name: asked.append(name) or _torch)
-    monkeypatch.setattr(_dispatch, "_why_not_triton", lambda device: None)
-    solve(tt_linear, LINEAR)
-    with backend("triton"):
-        solve(tt_linear, LINEAR)
-    assert asked == ["torch", "torch", "triton", "triton"]
+    monkeypatch.setattr(_dispatch, "_why_not_triton", lambda device, dtypes: None)
+    names = "c", "torch", "triton"
+    for name in names:
+        with backend(name):
+            solve(tt_linear, LINEAR)
+    assert asked == [name for name in names for _ in ("forward", "backward")]
 
 
 def test_a_compiled_function_obeys_a_backend_chosen_after_it_was_compiled():
@@ -163,7 +199,7 @@ def test_the_environment_forces_a_backend():
 
 def test_a_wrong_name_in_the_environment_is_named_when_first_used():
     wrong = python(CALL, LORETTA_BACKEND="cuda")
-    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, torch, triton" in wrong.stderr
+    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, c, torch, triton" in wrong.stderr
 
 
 def test_imports_without_triton_and_without_the_layers_above():

@@ -20,6 +20,8 @@ from .problems import (
     solve,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 DOWN, UP = TTShape.for_matrix(512, 8, 2), TTShape.for_matrix(8, 512, 2)
 BLOCKS = (2, 300)  # rows that fill two blocks and a part of a third
 

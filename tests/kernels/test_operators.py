@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loretta_kernels import ACTIVATIONS, TTShape, _torch, tt_adapter, tt_linear, tt_lora
+from loretta_kernels._dispatch import choose
 
 from .problems import (
     TINY_DOWN,
@@ -23,6 +24,8 @@ from .problems import (
     random_cores,
     solve,
 )
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
 
 
 @dataclass
@@ -104,26 +107,28 @@ def test_gradcheck_of_tt_lora():
 @pytest.mark.parametrize("whole", [True, False], ids=["everything", "least"])
 def test_opcheck_of_tt_linear(dtype, whole):
     x, dy = torch.randn(2, 3, 12).to(dtype), torch.randn(2, 3, 4).to(dtype)
+    name = choose(x)
     train = random_cores(TINY_DOWN), TINY_DOWN.spec, torch.randn(4) if whole else None
-    torch.library.opcheck(torch.ops.loretta.tt_linear_fwd.default, (x, *train, "torch"))
+    torch.library.opcheck(torch.ops.loretta.tt_linear_fwd.default, (x, *train, name))
     needs = [whole, True, whole]
-    torch.library.opcheck(torch.ops.loretta.tt_linear_bwd.default, (dy, x, torch.randn(6, 3), *train, needs, "torch"))
+    torch.library.opcheck(torch.ops.loretta.tt_linear_bwd.default, (dy, x, torch.randn(6, 3), *train, needs, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("whole", [True, False], ids=["everything", "least"])
 def test_opcheck_of_tt_adapter(dtype, whole):
     x, dy = torch.randn(2, 3, 12).to(dtype), torch.randn(2, 3, 15).to(dtype)
+    name = choose(x)
     down = random_cores(TINY_DOWN), TINY_DOWN.spec, torch.randn(4) if whole else None
     up = random_cores(TINY_UP), TINY_UP.spec, torch.randn(15) if whole else None
     trains = *down, *up, torch.ones(1) if whole else None
     residual, seed = (torch.randn(2, 3, 15), torch.tensor(3)) if whole else (None, None)
     options = (False, 1.0, "gelu", 0.25 if whole else 0.0)
-    torch.library.opcheck(torch.ops.loretta.tt_adapter_fwd.default, (x, *trains, residual, seed, *options, "torch"))
+    torch.library.opcheck(torch.ops.loretta.tt_adapter_fwd.default, (x, *trains, residual, seed, *options, name))
     needs = [whole, True, whole, True, whole, whole]
     torch.library.opcheck(
         torch.ops.loretta.tt_adapter_bwd.default,
-        (dy, x, torch.randn(6, 3), *trains, seed, *options, needs, "torch"),
+        (dy, x, torch.randn(6, 3), *trains, seed, *options, needs, name),
     )
 
 

@@ -19,10 +19,13 @@ from .problems import (
     solve,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 SQUARE = [
     pytest.param(TTShape.for_matrix(768, 64, 5), TTShape.for_matrix(64, 768, 5), (2, 9), id="paper-rank-five"),
     pytest.param(TTShape.for_matrix(23, 5, 2), TTShape.for_matrix(5, 23, 2), (13,), id="prime-sizes"),
-    pytest.param(TTShape.for_matrix(64, 1, 3), TTShape.for_matrix(1, 64, 3), (1,), id="bottleneck-of-one-and-one-row"),
+    pytest.param(TTShape.for_matrix(64, 1, 3), TTShape.for_matrix(1, 64, 3), (20,), id="bottleneck-of-one"),
+    pytest.param(TTShape.for_matrix(64, 16, 3), TTShape.for_matrix(16, 64, 3), (1,), id="one-row"),
     pytest.param(TTShape.for_matrix(512, 8, 2), TTShape.for_matrix(8, 512, 2), (600,), id="rows-beyond-one-block"),
 ]
 
@@ -34,7 +37,9 @@ SQUARE = [
 def test_output_and_every_gradient_are_as_good_as_plain_pytorch(down, up, lead, dtype, activation, residual):
     problem = adapter_problem(down, up, lead, dtype, residual=residual, activation=activation)
     ours, plain = solve(tt_adapter, problem), solve(reference.tt_adapter, problem)
-    assert_as_good_as_plain(ours, plain, solve(reference.tt_adapter, problem.to(torch.float64)))
+    # Through a bottleneck of one everything depends on single numbers, whose summands may cancel.
+    chains = 4 if down.out_features == 1 else 1
+    assert_as_good_as_plain(ours, plain, solve(reference.tt_adapter, problem.to(torch.float64)), chains)
     assert ours["y"].dtype is ours["dx"].dtype is dtype
     assert ours["ddown"].dtype is ours["dup_bias"].dtype is problem.tensors["down"].dtype
 

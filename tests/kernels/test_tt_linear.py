@@ -11,6 +11,8 @@ from loretta_kernels import TTShape, reference, tt_linear, tt_matrix
 
 from .problems import DTYPES, assert_as_good_as_plain, assert_equal, linear_problem, random_cores, solve
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 CASES = [
     pytest.param(TTShape.for_matrix(768, 64, 5), (3, 5), id="paper-rank-five-down"),
     pytest.param(TTShape.for_matrix(64, 768, 5), (16,), id="paper-rank-five-up"),

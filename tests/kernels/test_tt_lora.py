@@ -9,6 +9,8 @@ from loretta_kernels import TTShape, reference, tt_lora
 
 from .problems import DTYPES, TINY_DOWN, TINY_UP, assert_as_good_as_plain, assert_equal, lora_problem, solve
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 CASES = [
     pytest.param(TTShape.for_matrix(768, 8, 5), TTShape.for_matrix(8, 768, 5), (2, 9), id="paper-rank-five"),
     pytest.param(TTShape.for_matrix(768, 8, 5), TTShape.for_matrix(8, 2304, 5), (9,), id="fused-qkv"),

@@ -1,4 +1,4 @@
-"""The rule by which the kernels' answers are judged."""
+"""The rule by which the answers of the kernels and of C are judged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ DRAWS = 4
 FEW = 8  # elements, too few for what cancels in one to be small beside the others
 
 
-def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], problem: Problem) -> Answers:
-    """At most twice the error of plain PyTorch, or of the definition with operands that were rounded.
+def check(
+    function: Callable[..., Tensor], definition: Callable[..., Tensor], problem: Problem, name: str = "triton"
+) -> Answers:
+    """The backend's errors: at most twice that of plain PyTorch, or of the definition with operands that were rounded.
 
     Plain PyTorch can be right by luck where an answer has a few elements, whose summands may cancel. What there was to
     lose is seen when x and every parameter are off at random by up to half a unit in the last place of x's dtype and
@@ -24,7 +26,7 @@ def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], pr
     counts. Neither counts below the roundings of a chain of fp32 products, which for the scale, a single sum, are those
     of its summands.
     """
-    with backend("triton"):
+    with backend(name):
         ours = solve(function, problem)
     exact = problem.to(torch.float64)
     truth, plain = solve(definition, exact), solve(definition, problem)
