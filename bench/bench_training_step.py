@@ -2,10 +2,14 @@
 
 Adapters at the same places compute the same function, whoever implements them: that is checked, on the loss and on
 the gradient of the embeddings, before anything is timed.
+
+A method's share of a step is, on a CPU, what its adapters take within it (bench/within.py) and the optimiser; on a GPU
+what the step takes above the frozen base's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,9 +22,11 @@ from bench.models import BASE, LORA, OURS, RELEASED, Step, llama, methods, set_f
 from bench.peers import BARS
 from bench.timing import Rounds, Work, interval_of_median
 from bench.upstream import Unavailable
+from bench.within import Within
 
 SAME = {OURS["adp"]: (RELEASED["adp"],), OURS["rep"]: (RELEASED["rep"], LORA)}
-SECONDS = 50.0  # of rounds; nine rounds at least
+DROPPED, AT_LEAST = 1, 9  # rounds
+AGAIN = f"{BASE} again"
 SMALL = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -32,20 +38,21 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, as what differs from Llama-2-7B, and its batch."""
+    """A model, as what differs from Llama-2-7B, its batch, and for how long it is measured."""
 
     name: str
     config: dict[str, int]
     tokens: int
     checkpointing: bool = False
     only_on: str = "cuda"
+    seconds: float = 50.0
 
     def __str__(self) -> str:
         return f"{self.name}-{self.only_on}".replace(" ", "-")
 
 
 SETTINGS = (
-    Setting("llama 768 x 4 layers", SMALL, 128, only_on="cpu"),
+    Setting("llama 768 x 4 layers", SMALL, 128, only_on="cpu", seconds=20),
     Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2, "vocab_size": 512}, 32, only_on="cpu"),
     Setting("llama 4096 x 2 layers", {"num_hidden_layers": 2}, 2048),
     Setting("llama-2-7b", {}, 2048),
@@ -66,15 +73,17 @@ def test_training_step(setting: Setting, dtype, device, benchmark, record) -> No
         for peer in others
         if peer in steps and (error := steps[peer].difference(steps[ours])) > 10 * BARS[dtype]
     }
+    right = {name: step for name, step in steps.items() if name not in red}
+    within = {name: Within(step.model, steps[BASE].model) for name, step in right.items() if device.type == "cpu"}
     works = {}
-    for name, step in steps.items():
-        if name not in red:
-            works[name] = Work(step.forward, step.backward)
-            works[f"{name}: optimiser"] = Work(step.optimise)
-    works[f"{BASE} again"] = works[BASE]
-    rounds = Rounds(works, device, dropped=1)
-    benchmark.pedantic(rounds, rounds=rounds.needed(SECONDS, at_least=9), iterations=1)
-    found = _record(setting, dtype, device, rounds, {name: steps[name] for name in steps if name not in red})
+    for name, step in right.items():
+        work = Work(step.forward, step.backward)
+        works[name] = within[name].of(work) if name in within else work
+        works[f"{name}: optimiser"] = Work(step.optimise)
+    works[AGAIN] = Work(steps[BASE].forward, steps[BASE].backward)
+    rounds = Rounds(works, device, DROPPED)
+    benchmark.pedantic(rounds, rounds=rounds.needed(setting.seconds, AT_LEAST), iterations=1)
+    found = _record(setting, dtype, rounds, right, {name: w.seconds[DROPPED:] for name, w in within.items()})
     found |= {"red": red, "unavailable": unavailable}
     benchmark.extra_info.update(found)
     record(found)
@@ -107,11 +116,11 @@ def _steps(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 def _record(
-    setting: Setting, dtype: torch.dtype, device: torch.device, rounds: Rounds, steps: dict[str, Step]
+    setting: Setting, dtype: torch.dtype, rounds: Rounds, steps: dict[str, Step], within: dict[str, list[float]]
 ) -> dict[str, Any]:
     """What each method took and allocated; of a step, forward, backward and optimiser together."""
     times = rounds.summary()
-    again = times.pop(f"{BASE} again")
+    again = times.pop(AGAIN)
     found = {}
     for name, step in steps.items():
         optimiser = times[f"{name}: optimiser"]["forward"]
@@ -120,7 +129,7 @@ def _record(
             "optimiser": optimiser,
             "step": total,
             "tokens_per_second": 1000 * setting.tokens / total,
-            **_share(rounds, name),
+            **_share(rounds, name, within.get(name)),
             "peak_bytes": step.peak_bytes,
             "trainable": sum(parameter.numel() for parameter in step.parameters),
         }
@@ -134,13 +143,21 @@ def _record(
     }
 
 
-def _share(rounds: Rounds, name: str) -> dict[str, float]:
-    """What a method adds to the frozen base's time, over it, each round compared within itself: the median."""
+def _share(rounds: Rounds, name: str, within: Sequence[float] | None) -> dict[str, float]:
+    """What a method adds to the frozen base's step, over that: by its adapters alone, where they were measured, and as
+    the difference of whole steps, each round compared within itself. Medians.
+    """
 
     def seconds(method: str) -> list[float]:
-        optimiser = rounds.times[f"{method}: optimiser"]
-        return [sum(step) + sum(rate) for step, rate in zip(rounds.times[method], optimiser, strict=True)]
+        return [sum(step) + rate for step, rate in zip(rounds.times[method], optimiser(method), strict=True)]
 
-    shares = [own / base - 1 for own, base in zip(seconds(name), seconds(BASE), strict=True)]
+    def optimiser(method: str) -> list[float]:
+        return [sum(rate) for rate in rounds.times[f"{method}: optimiser"]]
+
+    base = seconds(BASE)
+    whole = [own / frozen - 1 for own, frozen in zip(seconds(name), base, strict=True)]
+    shares = whole
+    if within is not None:
+        shares = [(own + rate) / median(base) for own, rate in zip(within, optimiser(name), strict=True)]
     low, high = interval_of_median(shares)
-    return {"share": median(shares), "share_low": low, "share_high": high}
+    return {"share": median(shares), "share_low": low, "share_high": high, "whole_share": median(whole)}

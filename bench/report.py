@@ -122,16 +122,23 @@ def _training(record: dict[str, Any]) -> str:
             f"{found['spread']:.1%}",
             f"{found['tokens_per_second']:.4g}",
             f"{found['peak_bytes'] / MIB:.4g}",
-            f"{found['share']:+.1%}",
-            f"{found['share_low']:+.1%} to {found['share_high']:+.1%}",
+            f"{found['whole_share']:+.1%}",
+            f"{found['share']:+.2%}",
+            f"{found['share_low']:+.2%} to {found['share_high']:+.2%}",
         ]
         for name, found in record["methods"].items()
     ]
     header = ["method", "trainable", "forward ms", "backward ms", "optimiser ms", "step ms", "spread", "tokens/s"]
     title = f"{record['model']}, {record['tokens']} tokens, {record['dtype']}; the frozen base twice: "
-    title += f"{record['drift']:+.1%}. The share is what a method adds to the frozen base, over it, within a round: "
-    title += "the median over the rounds, and its interval at 95%."
-    return f"{title}\n\n{table([*header, 'peak MiB', 'share', 'its interval'], rows)}{_reasons([record])}"
+    title += (
+        f"{record['drift']:+.1%}. The share is what a method adds to the frozen base's step, over it, the median of "
+    )
+    title += (
+        "the rounds: by whole steps; and, on a CPU, by its adapters' and the optimiser's own time, measured within "
+    )
+    title += "the step, with its interval at 95%."
+    header += ["peak MiB", "share by steps", "share", "its interval"]
+    return f"{title}\n\n{table(header, rows)}{_reasons([record])}"
 
 
 def _wrapping(records: Sequence[dict[str, Any]]) -> str:

@@ -119,6 +119,7 @@ def _why_not_c(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | Non
     return None if torch.compiler.is_compiling() else _why_no_library()  # see _implementation
 
 
+@cache
 def _why_no_library() -> str | None:
     """Why there is no compiled C, or None when there is; it is compiled when first asked for."""
     return import_module("loretta_kernels._c.library").why_not()

@@ -40,7 +40,8 @@ typedef struct {
     float *waist;                 /* s [N, K], written forward, read backward */
     void *y, *dx;
     float *ddown, *ddown_bias, *dup, *dup_bias, *dscale;
-    float *room;                  /* loretta_room() floats */
+    float *room;                  /* room_size floats to work in */
+    int64_t room_size;
 } Call;
 
 /* The sides, sizes, and where everything lies in the room. */
@@ -49,7 +50,7 @@ typedef struct {
     int64_t K, M, step, threads;
     float *Lt, *Rd_table, *Lut, *R;                  /* [K, I], [K, B], [M, B], [M + 1, O] with b_u last */
     float *dLt, *dRd, *dLut, *dbd, *dR;              /* the first thread's sums; those of the next lie sums_size on */
-    float *h, *a, *z, *dz, *da, *ds, *tiles;         /* the first thread's rows; those of the next lie rows_size on */
+    float *h, *a, *z, *dz, *da, *ds, *dots, *tiles;  /* the first thread's rows; those of the next lie rows_size on */
     float *back;                                     /* of core_grads */
     int64_t sums_size, rows_size, size;
 } Plan;
@@ -91,7 +92,7 @@ static Plan plan_of(const Call *call, int backward) {
     plan.h = take(&plan, room, step * B), plan.a = take(&plan, room, step * B);
     plan.z = take(&plan, room, step * (M + 1)), plan.dz = take(&plan, room, step * M);
     plan.da = take(&plan, room, step * B), plan.ds = take(&plan, room, step * K);
-    plan.tiles = take(&plan, room, 4 * step * COLUMNS);
+    plan.dots = take(&plan, room, step * LANES * (K > M ? K : M)), plan.tiles = take(&plan, room, 4 * step * COLUMNS);
     plan.rows_size = plan.size - before, plan.size += (plan.threads - 1) * plan.rows_size;
 
     plan.Ld.T = plan.Lt, plan.Rd.T = plan.Rd_table, plan.Lu.T = plan.Lut, plan.Ru.T = plan.R;
@@ -100,9 +101,8 @@ static Plan plan_of(const Call *call, int backward) {
     int64_t most = 0;
     for (int k = 0; k < 4; k++) {
         if (!B && (k == 1 || k == 2)) continue;
-        int64_t size = partials_size(sides[k]);
-        most = size > most ? size : most;
-        sides[k]->partials = take(&plan, room, size);
+        most = back_size(sides[k]) > most ? back_size(sides[k]) : most;
+        sides[k]->partials = take(&plan, room, partials_size(sides[k]));
         if (!room) continue;
         if (k & 1) sides[k]->G += side_params(sides[k - 1]);
         contract(sides[k]);
@@ -134,36 +134,43 @@ static const float *read_x(const Call *call, int64_t row, int64_t rows, int64_t 
 }
 
 /* h, a and z (beside it a column of ones) of the rows whose waist is s. */
-static void middle(const Call *call, const Plan *plan, int64_t rows, const float *s, float *h, float *a, float *z) {
+static void middle(const Call *call, const Plan *plan, int64_t rows, const float *s, float *h, float *a, float *z,
+                   float *dots) {
     int64_t K = plan->K, M = plan->M, B = call->B;
     memset(z, 0, sizeof(float) * rows * (M + 1));
     if (B) {
         expand(rows, B, K, s, K, plan->Rd_table, B, call->down_bias, 0, h, B);
         act(call->activation, rows * B, h, a);
-        dot(rows, B, M, a, B, plan->Lut, B, z, M + 1);
+        memset(dots, 0, sizeof(float) * LANES * rows * M);
+        dot(rows, B, M, a, B, plan->Lut, B, dots);
     }
     for (int64_t n = 0; n < rows; n++) {
-        if (!B) memcpy(z + n * (M + 1), s + n * K, sizeof(float) * K);
+        if (B)
+            fold(M, dots + n * M * LANES, z + n * (M + 1));
+        else
+            memcpy(z + n * (M + 1), s + n * K, sizeof(float) * K);
         z[n * (M + 1) + M] = 1;
     }
 }
 
 static void forward_rows(const Call *call, const Plan *plan, int64_t thread, int64_t first, int64_t end) {
     int64_t I = call->I, O = call->O, K = plan->K, M = plan->M, shift = thread * plan->rows_size, ld, ldb;
-    float *z = plan->z + shift, *tile = plan->tiles + shift, *other = tile + plan->step * COLUMNS;
+    float *z = plan->z + shift, *dots = plan->dots + shift, *tile = plan->tiles + shift, *other = tile + plan->step * COLUMNS;
     const void *base = call->residual_is_x ? call->x : call->residual;
     int64_t ld_base = call->residual_is_x ? call->ldx : call->ldr, bf16 = call->y_bf16;
     int64_t base_bf16 = call->residual_is_x ? call->x_bf16 : call->residual_bf16;
     for (int64_t row = first; row < end; row += plan->step) {
         int64_t rows = end - row < plan->step ? end - row : plan->step;
         float *s = call->waist + row * K;
-        memset(s, 0, sizeof(float) * rows * K);
+        memset(dots, 0, sizeof(float) * LANES * rows * K);
         for (int64_t c = 0; c < I; c += COLUMNS) {
             int64_t cols = I - c < COLUMNS ? I - c : COLUMNS;
             const float *x = read_x(call, row, rows, c, cols, tile, other, &ld);
-            dot(rows, cols, K, x, ld, plan->Lt + c, I, s, K);
+            dot(rows, cols, K, x, ld, plan->Lt + c, I, dots);
         }
-        middle(call, plan, rows, s, plan->h + shift, plan->a + shift, z);
+        memset(s, 0, sizeof(float) * rows * K);
+        fold(rows * K, dots, s);
+        middle(call, plan, rows, s, plan->h + shift, plan->a + shift, z, dots);
         for (int64_t k = 0; k < rows * (M + 1); k++) z[k] *= call->scale;
         for (int64_t c = 0; c < O; c += COLUMNS) {
             int64_t cols = O - c < COLUMNS ? O - c : COLUMNS;
@@ -179,7 +186,7 @@ static void backward_rows(const Call *call, const Plan *plan, int64_t thread, in
     int64_t I = call->I, B = call->B, O = call->O, K = plan->K, M = plan->M, ld, ldb;
     int64_t shift = thread * plan->rows_size, sums = thread * plan->sums_size, needs = call->needs;
     float *h = plan->h + shift, *a = plan->a + shift, *z = plan->z + shift, *dz = plan->dz + shift;
-    float *da = plan->da + shift, *ds = plan->ds + shift, *tile = plan->tiles + shift;
+    float *da = plan->da + shift, *ds = plan->ds + shift, *dots = plan->dots + shift, *tile = plan->tiles + shift;
     float *factors = tile + plan->step * COLUMNS, *base = factors + plan->step * COLUMNS;
     float *out = base + plan->step * COLUMNS;
     int64_t bf16 = call->x_bf16;
@@ -190,15 +197,17 @@ static void backward_rows(const Call *call, const Plan *plan, int64_t thread, in
     for (int64_t row = first; row < end; row += plan->step) {
         int64_t rows = end - row < plan->step ? end - row : plan->step;
         const float *s = call->waist + row * K;
-        middle(call, plan, rows, s, h, a, z);
+        middle(call, plan, rows, s, h, a, z, dots);
 
-        memset(dz, 0, sizeof(float) * rows * M);
+        memset(dots, 0, sizeof(float) * LANES * rows * M);
         for (int64_t c = 0; c < O; c += COLUMNS) {
             int64_t cols = O - c < COLUMNS ? O - c : COLUMNS;
             const float *dy = read(call->dy, call->ldy, call->y_bf16, row, rows, c, cols, tile, &ld);
-            if (needs & (DX | DDOWN | DDOWN_BIAS | DUP)) dot(rows, cols, M, dy, ld, plan->R + c, O, dz, M);
+            if (needs & (DX | DDOWN | DDOWN_BIAS | DUP)) dot(rows, cols, M, dy, ld, plan->R + c, O, dots);
             if (needs_dR) outer(rows, cols, M + 1, z, M + 1, dy, ld, dR + c, O);
         }
+        memset(dz, 0, sizeof(float) * rows * M);
+        fold(rows * M, dots, dz);
         for (int64_t k = 0; k < rows * M; k++) dz[k] *= call->scale;
         if (B && needs & (DX | DDOWN | DDOWN_BIAS | DUP)) {
             outer(rows, B, M, dz, M, a, B, dLut, B);
@@ -207,8 +216,10 @@ static void backward_rows(const Call *call, const Plan *plan, int64_t thread, in
             for (int64_t n = 0; n < rows; n++)
                 for (int64_t b = 0; b < B; b++) dbd[b] += da[n * B + b];
             outer(rows, B, K, s, K, da, B, dRd, B);
+            memset(dots, 0, sizeof(float) * LANES * rows * K);
+            dot(rows, B, K, da, B, plan->Rd_table, B, dots);
             memset(ds, 0, sizeof(float) * rows * K);
-            dot(rows, B, K, da, B, plan->Rd_table, B, ds, K);
+            fold(rows * K, dots, ds);
         } else {
             memcpy(ds, dz, sizeof(float) * rows * K);
         }
@@ -252,21 +263,26 @@ static void expect(const void *output, int64_t bf16, int64_t size) {
     if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE);
 }
 
-/* How many floats of room a forward, or a backward, takes. */
-int64_t loretta_room(const Call *call, int backward) {
+/* The plan with the sides contracted, or with a size alone where there is less room than that. */
+static Plan prepare(const Call *call, int backward) {
     Call without = *call;
     without.room = NULL;
-    return plan_of(&without, backward).size;
+    Plan plan = plan_of(&without, backward);
+    return plan.size > call->room_size ? plan : plan_of(call, backward);
 }
 
-void loretta_forward(const Call *call) {
-    Plan plan = plan_of(call, 0);
+/* Both return 0, or how many floats of room they need and have not got: then they have done nothing. */
+int64_t loretta_forward(const Call *call) {
+    Plan plan = prepare(call, 0);
+    if (plan.size > call->room_size) return plan.size;
     expect(call->y, call->y_bf16, call->N * call->O);
     in_threads(forward_rows, call, &plan);
+    return 0;
 }
 
-void loretta_backward(const Call *call) {
-    Plan plan = plan_of(call, 1);
+int64_t loretta_backward(const Call *call) {
+    Plan plan = prepare(call, 1);
+    if (plan.size > call->room_size) return plan.size;
     if (call->needs & DX) expect(call->dx, call->x_bf16, call->N * call->I);
     in_threads(backward_rows, call, &plan);
     for (int64_t thread = 1; thread < plan.threads; thread++)
@@ -289,4 +305,5 @@ void loretta_backward(const Call *call) {
         core_grads(&plan.Lu, plan.dLut, call->dup, plan.back);
         core_grads(&plan.Ru, plan.dR, call->dup + side_params(&plan.Lu), plan.back);
     }
+    return 0;
 }

@@ -34,6 +34,7 @@ class Call(ctypes.Structure):
         ("scale", c_float),
         *((name, c_void_p) for name in ("x", "residual", "dy", "down", "down_bias", "up", "up_bias", "waist", "y")),
         *((name, c_void_p) for name in ("dx", "ddown", "ddown_bias", "dup", "dup_bias", "dscale", "room")),
+        ("room_size", c_int64),
     )
 
 
@@ -54,20 +55,30 @@ def new_call(x: Tensor, specs: tuple[tuple[int, ...], ...], *parameters: Tensor 
 
 def run(call: Call, backward: bool) -> None:
     """Make the call, with the GIL released."""
-    lib, address = library(), ctypes.byref(call)
-    call.room = _memory.of(lib.loretta_room(address, backward))
-    (lib.loretta_backward if backward else lib.loretta_forward)(address)
+    function = library().loretta_backward if backward else library().loretta_forward
+    size = 0
+    while True:
+        room = _memory.at_least(size)
+        call.room, call.room_size = room.data_ptr(), room.numel()
+        size = function(ctypes.byref(call))
+        if size == 0:
+            return
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x `[..., I]` as `[N, I]` whose features lie side by side: a view where it can be one."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def fp32(t: Tensor) -> Tensor:
     """t dense and in fp32, itself where it is so."""
-    return t.to(torch.float32).contiguous()
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.to(torch.float32).contiguous()
+
+
+def fp32_room(*size: int) -> Tensor:
+    """Fresh memory, whatever torch's default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def flags(needs: Sequence[bool]) -> int:
@@ -79,13 +90,13 @@ class _Memory(threading.local):
     """What the calls of a thread work in: as much as the largest of them took."""
 
     def __init__(self) -> None:
-        self._floats = torch.empty(0)
+        self._floats = fp32_room(0)
 
-    def of(self, size: int) -> int:
-        """The address of so many floats."""
+    def at_least(self, size: int) -> Tensor:
+        """So many floats, or more."""
         if self._floats.numel() < size:
-            self._floats = torch.empty(size)
-        return self._floats.data_ptr()
+            self._floats = fp32_room(size)
+        return self._floats
 
 
 _memory = _Memory()

@@ -48,7 +48,9 @@ def _outcome() -> ctypes.CDLL | Unavailable:
     try:
         if not sys.platform.startswith("linux"):
             raise Unavailable(f"the C path is for Linux, this is {sys.platform}")
-        return ctypes.CDLL(str(_compiled([*_compiler(), *FLAGS])))
+        found = ctypes.CDLL(str(_compiled([*_compiler(), *FLAGS])))
+        found.loretta_forward.restype = found.loretta_backward.restype = ctypes.c_int64
+        return found
     except Unavailable as reason:
         return reason
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loretta_kernels._c.call import ACTIVATIONS, Call, flags, new_call, rows_of, run
+from loretta_kernels._c.call import ACTIVATIONS, Call, flags, fp32_room, new_call, rows_of, run
 from loretta_kernels.shape import TTShape
 
 
@@ -60,7 +60,9 @@ def tt_adapter_bwd(
     call = new_call(x, (tuple(down_spec), tuple(up_spec)), down, down_bias, up, up_bias)
     _set_options(call, learnt_scale, seed, residual_is_x, scale, activation, dropout_p)
     grads = _backward(call, dy, waist, (x, down, down_bias, up, up_bias, learnt_scale), tuple(needs))
-    return (*grads[:5], grads[5] * scale)
+    if needs[-1]:
+        grads[-1] *= scale
+    return tuple(grads)
 
 
 def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ def _set_options(
 
 def _forward(call: Call, x: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
     """y in `dtype`, and the waist `[N, K]`."""
-    y, waist = x.new_empty(*x.shape[:-1], call.O, dtype=dtype), torch.empty(call.N, K)
+    y, waist = x.new_empty(*x.shape[:-1], call.O, dtype=dtype), fp32_room(call.N, K)
     call.y, call.y_bf16, call.waist = y.data_ptr(), _is_bf16(y), waist.data_ptr()
     run(call, backward=False)
     return y, waist
@@ -120,7 +122,7 @@ def _backward(
     assert x is not None
     dx = x.new_empty(x.shape if needs[0] else 0)
     wanted = [t if need else None for t, need in zip(parameters, needs[1:], strict=True)]
-    grads = [x.new_empty(0) if t is None else torch.empty(t.shape) for t in wanted]
+    grads = [x.new_empty(0) if t is None else fp32_room(*t.shape) for t in wanted]
     call.dx, call.needs = dx.data_ptr(), flags(needs)
     call.ddown, call.ddown_bias, call.dup, call.dup_bias, call.dscale = (grad.data_ptr() for grad in grads)
     run(call, backward=True)

@@ -1,6 +1,6 @@
 /* The three products of a few rows of a wide matrix with a table P [K, cols] of K long rows.
  *
- *     dot       s += x · Pᵀ            x [rows, cols], s [rows, K]
+ *     dot       s += x · Pᵀ            x [rows, cols], s [rows, K], of which each is LANES sums until fold adds them up
  *     expand    y  = base + s · P      y, base [rows, cols]
  *     outer     D += sᵀ · x            D [K, cols]
  *
@@ -38,16 +38,25 @@ INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 INLINE vec splat(float a) { return a - (vec){0}; }
 
-INLINE float sum(vec v) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += v[lane];
-    return total;
+/* s += the sums of the lanes of `count` vectors, which are added up in halves. */
+static void fold(int64_t count, const float *sums, float *s) {
+    typedef float quarter __attribute__((vector_size(16)));
+    for (int64_t k = 0; k < count; k++) {
+        quarter total = {0}, part;
+        for (int lane = 0; lane < LANES; lane += 4) {
+            memcpy(&part, sums + k * LANES + lane, sizeof part);
+            total += part;
+        }
+        s[k] += (total[0] + total[2]) + (total[1] + total[3]);
+    }
 }
 
 INLINE void dot_tile(const int rows, const int K, int64_t cols, const float *x, int64_t ldx, const float *P,
-                     int64_t ldp, float *s, int64_t lds) {
-    vec acc[TALL][KS] = {0};
+                     int64_t ldp, float *sums, int64_t lds) {
+    vec acc[TALL][KS];
     int64_t c = 0;
+    for (int row = 0; row < rows; row++)
+        for (int k = 0; k < K; k++) acc[row][k] = load(sums + (row * lds + k) * LANES);
     for (; c + LANES <= cols; c += LANES)
         for (int k = 0; k < K; k++) {
             vec p = load(P + k * ldp + c);
@@ -55,33 +64,34 @@ INLINE void dot_tile(const int rows, const int K, int64_t cols, const float *x, 
         }
     for (int row = 0; row < rows; row++)
         for (int k = 0; k < K; k++) {
-            float total = sum(acc[row][k]);
-            for (int64_t tail = c; tail < cols; tail++) total += x[row * ldx + tail] * P[k * ldp + tail];
-            s[row * lds + k] += total;
+            float *to = sums + (row * lds + k) * LANES;
+            store(to, acc[row][k]);
+            for (int64_t tail = c; tail < cols; tail++) to[tail - c] += x[row * ldx + tail] * P[k * ldp + tail];
         }
 }
 
 INLINE void dot_rows(const int K, int64_t rows, int64_t cols, const float *x, int64_t ldx, const float *P, int64_t ldp,
-                     float *s, int64_t lds) {
+                     float *sums, int64_t lds) {
     int64_t row = 0;
     for (; row + TALL <= rows; row += TALL)
-        dot_tile(TALL, K, cols, x + row * ldx, ldx, P, ldp, s + row * lds, lds);
-    for (; row < rows; row++) dot_tile(1, K, cols, x + row * ldx, ldx, P, ldp, s + row * lds, lds);
+        dot_tile(TALL, K, cols, x + row * ldx, ldx, P, ldp, sums + row * lds * LANES, lds);
+    for (; row < rows; row++) dot_tile(1, K, cols, x + row * ldx, ldx, P, ldp, sums + row * lds * LANES, lds);
 }
 
 static void dot(int64_t rows, int64_t cols, int64_t K, const float *x, int64_t ldx, const float *P, int64_t ldp,
-                float *s, int64_t lds) {
+                float *sums) {
+    const int64_t lds = K;
     while (K > 0) {
         int64_t tiles = (K + KS - 1) / KS, k = (K + tiles - 1) / tiles;
         switch (k) {
-            case 6: dot_rows(6, rows, cols, x, ldx, P, ldp, s, lds); break;
-            case 5: dot_rows(5, rows, cols, x, ldx, P, ldp, s, lds); break;
-            case 4: dot_rows(4, rows, cols, x, ldx, P, ldp, s, lds); break;
-            case 3: dot_rows(3, rows, cols, x, ldx, P, ldp, s, lds); break;
-            case 2: dot_rows(2, rows, cols, x, ldx, P, ldp, s, lds); break;
-            default: dot_rows(1, rows, cols, x, ldx, P, ldp, s, lds);
+            case 6: dot_rows(6, rows, cols, x, ldx, P, ldp, sums, lds); break;
+            case 5: dot_rows(5, rows, cols, x, ldx, P, ldp, sums, lds); break;
+            case 4: dot_rows(4, rows, cols, x, ldx, P, ldp, sums, lds); break;
+            case 3: dot_rows(3, rows, cols, x, ldx, P, ldp, sums, lds); break;
+            case 2: dot_rows(2, rows, cols, x, ldx, P, ldp, sums, lds); break;
+            default: dot_rows(1, rows, cols, x, ldx, P, ldp, sums, lds);
         }
-        K -= k, P += k * ldp, s += k;
+        K -= k, P += k * ldp, sums += k * LANES;
     }
 }
 

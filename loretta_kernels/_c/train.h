@@ -70,12 +70,19 @@ static void contract(const Side *side) {
     }
 }
 
-/* dG, the gradient of the side's cores, from that of T of the first core; `room` is for partials_size(). */
+/* What core_grads takes: the gradients of partials, and sums for a core's. */
+static int64_t back_size(const Side *side) {
+    int64_t most = 0;
+    for (int64_t j = 0; j < side->cores; j++) most = core_size(side, j) > most ? core_size(side, j) : most;
+    return partials_size(side) + most * LANES;
+}
+
+/* dG, the gradient of the side's cores, from that of T of the first core. */
 static void core_grads(const Side *side, const float *dT, float *dG, float *room) {
     const float *core = side->G;
+    float *sums = room + partials_size(side);
     for (int64_t j = 0; j < side->cores; j++) {
         int64_t r = side->r[j], n = side->n[j], next = side->r[j + 1], C = side->C;
-        memset(dG, 0, sizeof(float) * core_size(side, j));
         if (j == side->cores - 1) {
             for (int64_t b = 0; b < r; b++)
                 for (int64_t i = 0; i < n; i++)
@@ -87,12 +94,15 @@ static void core_grads(const Side *side, const float *dT, float *dG, float *room
         float *next_dT = room;
         room += t_size(side, j + 1);
         memset(next_dT, 0, sizeof(float) * t_size(side, j + 1));
+        memset(dG, 0, sizeof(float) * core_size(side, j));
+        memset(sums, 0, sizeof(float) * LANES * core_size(side, j));
         for (int64_t b = 0; b < r; b++)
             for (int64_t c = 0; c < C; c++) {
                 const float *d = dT + (b * C + c) * n * rest;
-                dot(n, rest, next, d, rest, next_T + c * rest, C * rest, dG + b * n * next, next);
+                dot(n, rest, next, d, rest, next_T + c * rest, C * rest, sums + b * n * next * LANES);
                 outer(n, rest, next, core + b * n * next, next, d, rest, next_dT + c * rest, C * rest);
             }
+        fold(core_size(side, j), sums, dG);
         core += core_size(side, j), dG += core_size(side, j), dT = next_dT;
     }
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loretta_kernels._dispatch import run
 
@@ -15,12 +17,28 @@ _library = torch.library.Library("loretta", "DEF")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `loretta::NAME` of the schema `NAME(x, ..., str backend) -> ...` and return it."""
+    """Define `loretta::NAME` of the schema `NAME(x, ..., str backend) -> ...` and return what calls it.
+
+    Where nothing looks on, no compiler, mode or tensor of another class, the call does without torch's dispatcher:
+    with few rows that takes as long as the operator's own work.
+    """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, partial(run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"loretta::{name}", fake, lib=_library)
-    return getattr(torch.ops.loretta, name).default
+    registered = getattr(torch.ops.loretta, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not all(map(_is_plain, args)):
+            return registered(*args)
+        return run(name, *args)
+
+    return call
+
+
+def _is_plain(argument: Any) -> bool:
+    """Anything but a tensor of another class."""
+    return not isinstance(argument, Tensor) or type(argument) in (Tensor, Parameter)
 
 
 def like_needed(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

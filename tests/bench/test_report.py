@@ -72,6 +72,7 @@ def test_bars_hold_or_miss():
 def test_the_share_of_a_step_is_over_the_frozen_base(written):
     def method(step: float) -> dict:
         share = {"share": step / 100 - 1, "share_low": step / 100 - 1.01, "share_high": step / 100 - 0.99}
+        share["whole_share"] = share["share"]
         rest = {"step": step, "optimiser": 0.0, "tokens_per_second": 1, "peak_bytes": 1, "trainable": 1}
         return timed(step) | rest | share
 

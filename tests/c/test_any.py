@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loretta_kernels import ACTIVATIONS, TTShape, reference, tt_adapter, tt_linear, tt_lora
+from loretta_kernels import ACTIVATIONS, TTShape, backend, reference, tt_adapter, tt_linear, tt_lora
+from loretta_kernels._c import call
 
-from ..kernels.problems import adapter_problem, linear_problem, lora_problem
+from ..kernels.problems import adapter_problem, linear_problem, lora_problem, solve
 from ..triton.judge import check
 from ..triton.space import bottlenecks, modes, ranks, rows, search, train
 
@@ -67,3 +68,24 @@ def test_a_residual_in_a_dtype_of_its_own(x_dtype, residual_dtype):
     assert answers["y"].dtype is torch.promote_types(x_dtype, residual_dtype)
     assert answers["dx"].dtype is x_dtype
     assert answers["dresidual"].dtype is residual_dtype
+
+
+@pytest.mark.parametrize("default", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_torch_defaults_change_nothing(monkeypatch, default):
+    down, up = TTShape.for_matrix(96, 8, 3), TTShape.for_matrix(8, 96, 3)
+    problem = adapter_problem(down, up, (40,), torch.float32)
+    with backend("c"):
+        wanted = solve(tt_adapter, problem)
+    monkeypatch.setattr(call, "_memory", call._Memory())
+    x, dy = problem.tensors["x"], torch.ones(40, 96)
+    leaves = {name: t.clone().requires_grad_() for name, t in problem.tensors.items()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default.get("dtype", before))
+    try:
+        with backend("c"), torch.device(default.get("device", "cpu")):
+            y = tt_adapter(**leaves | problem.options | {"residual": leaves["x"]})
+            grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(y, wanted["y"])
+    assert all(grad.dtype is torch.float32 and grad.device == x.device and grad.isfinite().all() for grad in grads)
