@@ -20,7 +20,7 @@ from loretta_kernels._autocast import off
 BACKENDS = ("auto", "c", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
 _CANNOT = 'backend "{}" was asked for, but cannot serve: {}'
-_IN_C = (torch.float32, torch.bfloat16)
+_IN_C = frozenset((torch.float32, torch.bfloat16))
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -98,7 +98,7 @@ def _best_on(x: torch.Tensor) -> str:
 
 def _serves(name: str, dtypes: Sequence[torch.dtype]) -> bool:
     """Whether a backend computes with such tensors."""
-    return torch.float64 not in dtypes if name == "triton" else all(dtype in _IN_C for dtype in dtypes)
+    return torch.float64 not in dtypes if name == "triton" else _IN_C.issuperset(dtypes)
 
 
 def _why_not_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:

@@ -44,11 +44,11 @@ def new_call(x: Tensor, specs: tuple[tuple[int, ...], ...], *parameters: Tensor 
     Tensors that are made on the way stay with the call, which holds nothing but addresses otherwise.
     """
     call = Call.from_buffer_copy(_template(specs)[0])
-    x = rows_of(x)
-    call.N, call.x_bf16, call.threads = len(x), x.dtype is torch.bfloat16, torch.get_num_threads()
-    call.x, call.ldx = x.data_ptr(), x.stride(0)
+    x, call.ldx = rows_of(x)
+    call.N, call.x_bf16, call.threads = x.numel() // call.I, x.dtype is torch.bfloat16, torch.get_num_threads()
+    call.x = x.data_ptr()
     given = [None if t is None else fp32(t) for t in parameters]
-    call.down, call.down_bias, call.up, call.up_bias = (None if t is None else t.data_ptr() for t in given)
+    call.down, call.down_bias, call.up, call.up_bias = map(address, given)
     call.kept = x, given
     return call
 
@@ -65,10 +65,18 @@ def run(call: Call, backward: bool) -> None:
             return
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x `[..., I]` as `[N, I]` whose features lie side by side: a view where it can be one."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x `[..., I]` as rows whose features lie side by side, a view where it can be one, and from row to row how far."""
+    if not x.is_contiguous():
+        x = x.reshape(-1, x.shape[-1])
+        if x.stride(1) == 1 or x.shape[1] == 1:
+            return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]
+
+
+def address(t: Tensor | None) -> int | None:
+    """Where a tensor's elements lie; NULL for None."""
+    return None if t is None else t.data_ptr()
 
 
 def fp32(t: Tensor) -> Tensor:
@@ -76,26 +84,21 @@ def fp32(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float32 and t.is_contiguous() else t.to(torch.float32).contiguous()
 
 
-def fp32_room(*size: int) -> Tensor:
+def fp32_room(size: Sequence[int]) -> Tensor:
     """Fresh memory, whatever torch's default dtype and device are."""
     return torch.empty(size, dtype=torch.float32, device="cpu")
-
-
-def flags(needs: Sequence[bool]) -> int:
-    """The gradients that are needed, a bit for each."""
-    return sum(1 << bit for bit, need in enumerate(needs) if need)
 
 
 class _Memory(threading.local):
     """What the calls of a thread work in: as much as the largest of them took."""
 
     def __init__(self) -> None:
-        self._floats = fp32_room(0)
+        self._floats = fp32_room((0,))
 
     def at_least(self, size: int) -> Tensor:
         """So many floats, or more."""
         if self._floats.numel() < size:
-            self._floats = fp32_room(size)
+            self._floats = fp32_room((size,))
         return self._floats
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loretta_kernels._c.call import ACTIVATIONS, Call, flags, fp32_room, new_call, rows_of, run
+from loretta_kernels._c.call import ACTIVATIONS, Call, address, fp32_room, new_call, rows_of, run
 from loretta_kernels.shape import TTShape
 
 
@@ -33,8 +33,9 @@ def tt_adapter_fwd(
     waist = TTShape.from_spec(tuple(down_spec)).waist
     if residual is None:
         return _forward(call, x, x.dtype, waist)
-    residual, dtype = rows_of(residual), torch.promote_types(x.dtype, residual.dtype)
-    call.residual, call.ldr, call.residual_bf16 = residual.data_ptr(), residual.stride(0), _is_bf16(residual)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    residual, call.ldr = rows_of(residual)
+    call.residual, call.residual_bf16 = residual.data_ptr(), _is_bf16(residual)
     return _forward(call, x, dtype, waist)
 
 
@@ -55,14 +56,12 @@ def tt_adapter_bwd(
     activation: str,
     dropout_p: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, an empty tensor for the others."""
+) -> tuple[Tensor | None, ...]:
+    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, None for the others."""
     call = new_call(x, (tuple(down_spec), tuple(up_spec)), down, down_bias, up, up_bias)
     _set_options(call, learnt_scale, seed, residual_is_x, scale, activation, dropout_p)
-    grads = _backward(call, dy, waist, (x, down, down_bias, up, up_bias, learnt_scale), tuple(needs))
-    if needs[-1]:
-        grads[-1] *= scale
-    return tuple(grads)
+    *grads, dscale = _backward(call, dy, waist, (x, down, down_bias, up, up_bias, learnt_scale), needs)
+    return *grads, None if dscale is None else dscale * scale
 
 
 def tt_linear_fwd(x: Tensor, cores: Tensor, spec: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,8 +78,8 @@ def tt_linear_bwd(
     spec: Sequence[int],
     bias: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
+) -> tuple[Tensor | None, ...]:
+    """dx, dcores, dbias: those that `needs` names, None for the others."""
     call = new_call(x, (tuple(spec),), cores, None, None, bias)
     needs_dx, needs_dcores, needs_dbias = needs
     every = needs_dx, needs_dcores, False, False, needs_dbias, False
@@ -106,27 +105,31 @@ def _set_options(
 
 def _forward(call: Call, x: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
     """y in `dtype`, and the waist `[N, K]`."""
-    y, waist = x.new_empty(*x.shape[:-1], call.O, dtype=dtype), fp32_room(call.N, K)
+    y, waist = x.new_empty(*x.shape[:-1], call.O, dtype=dtype), fp32_room((call.N, K))
     call.y, call.y_bf16, call.waist = y.data_ptr(), _is_bf16(y), waist.data_ptr()
     run(call, backward=False)
     return y, waist
 
 
 def _backward(
-    call: Call, dy: Tensor, waist: Tensor, tensors: Sequence[Tensor | None], needs: tuple[bool, ...]
-) -> list[Tensor]:
+    call: Call, dy: Tensor, waist: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
     """The gradients of x, down, down_bias, up, up_bias and the scale, in their dtypes."""
-    dy, waist = rows_of(dy), waist.contiguous()
-    call.dy, call.ldy, call.y_bf16, call.waist = dy.data_ptr(), dy.stride(0), _is_bf16(dy), waist.data_ptr()
-    x, *parameters = tensors
-    assert x is not None
-    dx = x.new_empty(x.shape if needs[0] else 0)
-    wanted = [t if need else None for t, need in zip(parameters, needs[1:], strict=True)]
-    grads = [x.new_empty(0) if t is None else fp32_room(*t.shape) for t in wanted]
-    call.dx, call.needs = dx.data_ptr(), flags(needs)
-    call.ddown, call.ddown_bias, call.dup, call.dup_bias, call.dscale = (grad.data_ptr() for grad in grads)
+    (dy, call.ldy), waist = rows_of(dy), waist.contiguous()
+    call.dy, call.y_bf16, call.waist = dy.data_ptr(), _is_bf16(dy), waist.data_ptr()
+    wanted = [t if need else None for t, need in zip(tensors, needs, strict=True)]
+    x, *parameters = wanted
+    dx = None if x is None else x.new_empty(x.shape)
+    grads = [None if t is None else fp32_room(t.shape) for t in parameters]
+    call.needs = sum(1 << bit for bit, t in enumerate(wanted) if t is not None)
+    call.dx, call.ddown, call.ddown_bias, call.dup, call.dup_bias, call.dscale = map(address, (dx, *grads))
     run(call, backward=True)
-    return [dx, *(grad if t is None else grad.to(t.dtype) for grad, t in zip(grads, wanted, strict=True))]
+    return [dx, *map(_in_its_dtype, grads, parameters)]
+
+
+def _in_its_dtype(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient as its parameter wants it."""
+    return grad if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 def _is_bf16(t: Tensor) -> bool:

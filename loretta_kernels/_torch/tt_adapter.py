@@ -84,8 +84,8 @@ def tt_adapter_bwd(
     activation: str,
     dropout_p: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, an empty tensor for the others."""
+) -> tuple[Tensor | None, ...]:
+    """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, None for the others."""
     needs_dx, needs_ddown, needs_ddown_bias, needs_dup, needs_dup_bias, needs_dscale = needs
     needs_dh = needs_dx or needs_ddown or needs_ddown_bias
     down_shape, up_shape = TTShape.from_spec(tuple(down_spec)), TTShape.from_spec(tuple(up_spec))
@@ -133,9 +133,6 @@ def tt_adapter_bwd(
         dx = None if dx is None else dx.view(x.shape)
         if dLt is not None:
             ddown = down_train.dcores(dLt, waist.t() @ dh).to(down.dtype)
-    dx, ddown, ddown_bias, dup, dup_bias, dscale = (
-        x.new_empty(0) if grad is None else grad for grad in (dx, ddown, ddown_bias, dup, dup_bias, dscale)
-    )
     return dx, ddown, ddown_bias, dup, dup_bias, dscale
 
 

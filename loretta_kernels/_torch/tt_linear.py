@@ -42,8 +42,8 @@ def tt_linear_bwd(
     spec: Sequence[int],
     bias: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dcores, dbias: those that `needs` names, an empty tensor for the others."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dcores, dbias: those that `needs` names, None for the others."""
     needs_dx, needs_dcores, needs_dbias = needs
     shape = TTShape.from_spec(tuple(spec))
     train = contract(cores, shape, compute_dtype(x))
@@ -58,5 +58,4 @@ def tt_linear_bwd(
             dcores = train.dcores(dLt, dR[: shape.waist]).to(cores.dtype)
     if bias is not None and needs_dbias and dR is not None:
         dbias = dR[-1].to(bias.dtype, copy=True)
-    dx, dcores, dbias = (x.new_empty(0) if grad is None else grad for grad in (dx, dcores, dbias))
     return dx, dcores, dbias

@@ -24,7 +24,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, partial(run, name), "CompositeExplicitAutograd")
+    _library.impl(name, partial(_run_registered, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"loretta::{name}", fake, lib=_library)
     registered = getattr(torch.ops.loretta, name).default
 
@@ -34,6 +34,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         return run(name, *args)
 
     return call
+
+
+def _run_registered(name: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """As `run`, with an empty tensor in place of None: a schema's results are tensors."""
+    return tuple(x.new_empty(0) if result is None else result for result in run(name, x, *args))
 
 
 def _is_plain(argument: Any) -> bool:
@@ -52,5 +57,5 @@ def like_needed(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tupl
 
 
 def keep_needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """What a backward hands to autograd: None in place of the empty tensors."""
+    """What a backward hands to autograd: None in place of empty tensors."""
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
