@@ -83,7 +83,8 @@ def test_training_step(setting: Setting, dtype, device, benchmark, record) -> No
     works[AGAIN] = Work(steps[BASE].forward, steps[BASE].backward)
     rounds = Rounds(works, device, DROPPED)
     benchmark.pedantic(rounds, rounds=rounds.needed(setting.seconds, AT_LEAST), iterations=1)
-    found = _record(setting, dtype, rounds, right, {name: w.seconds[DROPPED:] for name, w in within.items()})
+    adapters = {name: each.above(within[BASE])[DROPPED:] for name, each in within.items()}
+    found = _record(setting, dtype, rounds, right, adapters)
     found |= {"red": red, "unavailable": unavailable}
     benchmark.extra_info.update(found)
     record(found)
@@ -116,7 +117,7 @@ def _steps(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 def _record(
-    setting: Setting, dtype: torch.dtype, rounds: Rounds, steps: dict[str, Step], within: dict[str, list[float]]
+    setting: Setting, dtype: torch.dtype, rounds: Rounds, steps: dict[str, Step], adapters: dict[str, list[float]]
 ) -> dict[str, Any]:
     """What each method took and allocated; of a step, forward, backward and optimiser together."""
     times = rounds.summary()
@@ -129,7 +130,7 @@ def _record(
             "optimiser": optimiser,
             "step": total,
             "tokens_per_second": 1000 * setting.tokens / total,
-            **_share(rounds, name, within.get(name)),
+            **_share(rounds, name, adapters.get(name)),
             "peak_bytes": step.peak_bytes,
             "trainable": sum(parameter.numel() for parameter in step.parameters),
         }
@@ -143,7 +144,7 @@ def _record(
     }
 
 
-def _share(rounds: Rounds, name: str, within: Sequence[float] | None) -> dict[str, float]:
+def _share(rounds: Rounds, name: str, adapters: Sequence[float] | None) -> dict[str, float]:
     """What a method adds to the frozen base's step, over that: by its adapters alone, where they were measured, and as
     the difference of whole steps, each round compared within itself. Medians.
     """
@@ -157,7 +158,7 @@ def _share(rounds: Rounds, name: str, within: Sequence[float] | None) -> dict[st
     base = seconds(BASE)
     whole = [own / frozen - 1 for own, frozen in zip(seconds(name), base, strict=True)]
     shares = whole
-    if within is not None:
-        shares = [(own + rate) / median(base) for own, rate in zip(within, optimiser(name), strict=True)]
+    if adapters is not None:
+        shares = [(own + rate) / median(base) for own, rate in zip(adapters, optimiser(name), strict=True)]
     low, high = interval_of_median(shares)
     return {"share": median(shares), "share_low": low, "share_high": high, "whole_share": median(whole)}

@@ -38,15 +38,22 @@ INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 INLINE vec splat(float a) { return a - (vec){0}; }
 
+/* Four columns at a time, where there are not enough for a vec. */
+typedef float quad __attribute__((vector_size(16)));
+
+INLINE quad load4(const float *p) {
+    quad v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store4(float *p, quad v) { memcpy(p, &v, sizeof v); }
+
 /* s += the sums of the lanes of `count` vectors, which are added up in halves. */
 static void fold(int64_t count, const float *sums, float *s) {
-    typedef float quarter __attribute__((vector_size(16)));
     for (int64_t k = 0; k < count; k++) {
-        quarter total = {0}, part;
-        for (int lane = 0; lane < LANES; lane += 4) {
-            memcpy(&part, sums + k * LANES + lane, sizeof part);
-            total += part;
-        }
+        quad total = {0};
+        for (int lane = 0; lane < LANES; lane += 4) total += load4(sums + k * LANES + lane);
         s[k] += (total[0] + total[2]) + (total[1] + total[3]);
     }
 }
@@ -66,7 +73,10 @@ INLINE void dot_tile(const int rows, const int K, int64_t cols, const float *x, 
         for (int k = 0; k < K; k++) {
             float *to = sums + (row * lds + k) * LANES;
             store(to, acc[row][k]);
-            for (int64_t tail = c; tail < cols; tail++) to[tail - c] += x[row * ldx + tail] * P[k * ldp + tail];
+            const float *end = x + row * ldx + c, *other = P + k * ldp + c;
+            int64_t i = 0;
+            for (; c + i + 4 <= cols; i += 4) store4(to + i, load4(to + i) + load4(end + i) * load4(other + i));
+            for (; c + i < cols; i++) to[i] += end[i] * other[i];
         }
 }
 
@@ -119,6 +129,12 @@ INLINE void expand_rows(const int rows, int64_t cols, int64_t K, const float *s,
         expand_tile(rows, WIDE, K, s, lds, P + c, ldp, base ? base + c : base, ldb, y + c, ldy);
     for (; c + LANES <= cols; c += LANES)
         expand_tile(rows, 1, K, s, lds, P + c, ldp, base ? base + c : base, ldb, y + c, ldy);
+    for (; c + 4 <= cols; c += 4)
+        for (int row = 0; row < rows; row++) {
+            quad total = base ? load4(base + row * ldb + c) : (quad){0};
+            for (int64_t k = 0; k < K; k++) total += s[row * lds + k] * load4(P + k * ldp + c);
+            store4(y + row * ldy + c, total);
+        }
     for (; c < cols; c++)
         for (int row = 0; row < rows; row++) {
             float total = base ? base[row * ldb + c] : 0;
@@ -158,6 +174,12 @@ INLINE void outer_k(const int K, int64_t rows, int64_t cols, const float *s, int
     int64_t c = 0;
     for (; c + WIDE * LANES <= cols; c += WIDE * LANES) outer_tile(K, WIDE, rows, s, lds, x + c, ldx, D + c, ldd);
     for (; c + LANES <= cols; c += LANES) outer_tile(K, 1, rows, s, lds, x + c, ldx, D + c, ldd);
+    for (; c + 4 <= cols; c += 4)
+        for (int k = 0; k < K; k++) {
+            quad total = load4(D + k * ldd + c);
+            for (int64_t row = 0; row < rows; row++) total += s[row * lds + k] * load4(x + row * ldx + c);
+            store4(D + k * ldd + c, total);
+        }
     for (; c < cols; c++)
         for (int k = 0; k < K; k++) {
             float total = D[k * ldd + c];

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from loretta_kernels._dispatch import run
 
 _library = torch.library.Library("loretta", "DEF")
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +30,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     registered = getattr(torch.ops.loretta, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not all(map(_is_plain, args)):
+        plain = _PLAIN.issuperset(type(arg) for arg in args if isinstance(arg, Tensor))
+        if not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return registered(*args)
         return run(name, *args)
 
@@ -39,11 +41,6 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _run_registered(name: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As `run`, with an empty tensor in place of None: a schema's results are tensors."""
     return tuple(x.new_empty(0) if result is None else result for result in run(name, x, *args))
-
-
-def _is_plain(argument: Any) -> bool:
-    """Anything but a tensor of another class."""
-    return not isinstance(argument, Tensor) or type(argument) in (Tensor, Parameter)
 
 
 def like_needed(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
