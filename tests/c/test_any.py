@@ -22,7 +22,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 @given(
     modes, bottlenecks, modes, ranks, ranks, rows, dtypes, st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans()
 )
-@search(1)
+@search(0.5)
 def test_tt_adapter(i, b, o, r, q, n, dtype, activation, biases, residual):
     torch.manual_seed(n)
     down, up = train(i, b, r), train(b[::-1], o, q)
@@ -31,14 +31,14 @@ def test_tt_adapter(i, b, o, r, q, n, dtype, activation, biases, residual):
 
 
 @given(modes, bottlenecks, modes, ranks, ranks, rows, dtypes)
-@search(0.5)
+@search(0.2)
 def test_tt_lora(i, b, o, r, q, n, dtype):
     torch.manual_seed(n)
     check(tt_lora, reference.tt_lora, lora_problem(train(i, b, r), train(b[::-1], o, q), (n,), dtype), "c")
 
 
 @given(modes, modes, ranks, rows, dtypes, st.booleans())
-@search(0.5)
+@search(0.3)
 def test_tt_linear(i, o, r, n, dtype, bias):
     torch.manual_seed(n)
     check(tt_linear, reference.tt_linear, linear_problem(train(i, o, r), (n,), dtype, bias=bias), "c")
