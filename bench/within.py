@@ -56,6 +56,7 @@ class Within:
             step.backward(state)
             assert self._products == 2 * len(self._layers), "a frozen weight is multiplied by in another way"
             self.seconds.append(self._own)
+            self._own = dict.fromkeys(self._layers, 0.0)  # of runs that are not measured
 
         return Work(forward, backward)
 

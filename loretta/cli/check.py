@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import loretta_kernels
+from loretta_kernels._c.library import why_not
 from loretta_kernels.selfcheck import (
     DTYPES,
     adapter_case,
@@ -54,6 +55,14 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _served_by(device: torch.device) -> str:
+    """On a CPU, whether there is C for fp32 and bf16."""
+    if device.type == "cuda":
+        return ""
+    reason = why_not()
+    return f", PyTorch for all dtypes: {reason}" if reason else ", C for fp32 and bf16"
+
+
 def run(args: argparse.Namespace) -> None:
     """Check, time, print; exit with 1 where something is wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
@@ -70,6 +79,6 @@ def run(args: argparse.Namespace) -> None:
         result |= {"rows": [asdict(row) for row in rows], "timings": [asdict(timing) for timing in timings]}
         print(json.dumps(result, ensure_ascii=False))
     else:
-        print(f"{where}, torch {torch.__version__}\n\n{report(rows, timings, args.all)}")
+        print(f"{where}, torch {torch.__version__}{_served_by(device)}\n\n{report(rows, timings, args.all)}")
     if missed:
         sys.exit(1)

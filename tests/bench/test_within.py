@@ -98,6 +98,13 @@ def test_leaves_out_the_product_with_the_frozen_weight(monkeypatch, steps):
     assert all(sum(run.values()) < 0.015 for run in found[OURS["rep"]].seconds)
 
 
+def test_a_run_that_is_not_measured_changes_nothing(steps):
+    found = measure(steps)
+    before = [dict(run) for run in found[BASE].seconds]
+    steps[BASE].backward(steps[BASE].forward())
+    assert found[BASE].seconds == before
+
+
 def test_the_step_computes_the_same(steps):
     step = steps[OURS["rep"]]
     plain = step.backward(step.forward())
