@@ -10,16 +10,16 @@ from torch import Tensor
 
 def cast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on (fp64 is left alone, as torch leaves it)."""
-    if _is_on(x.device) and x.dtype is not torch.float64:
+    if is_on(x.device) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def off(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast; it costs nothing where autocast is not on."""
-    return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_on(device) else nullcontext()
 
 
-def _is_on(device: torch.device) -> bool:
+def is_on(device: torch.device) -> bool:
     """Whether autocast is on for this device; torch refuses the question for the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

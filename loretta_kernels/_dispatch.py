@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loretta_kernels._autocast import off
+from loretta_kernels._autocast import is_on, off
 
 BACKENDS = ("auto", "c", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
@@ -77,8 +77,11 @@ def choose(x: torch.Tensor, *others: torch.Tensor | None) -> str:
 def run(operator: str, *args: Any) -> Any:
     """Run an operator by the backend named in its last argument, with autocast off inside."""
     *operands, name = args
+    function = getattr(_implementation(name), operator)
+    if not is_on(operands[0].device):
+        return function(*operands)
     with off(operands[0].device):
-        return getattr(_implementation(name), operator)(*operands)
+        return function(*operands)
 
 
 @cache

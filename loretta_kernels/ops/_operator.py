@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from loretta_kernels._dispatch import run
 
 _library = torch.library.Library("loretta", "DEF")
-_PLAIN = frozenset((Tensor, Parameter))
+_PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str, tuple, list))
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,8 +30,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     registered = getattr(torch.ops.loretta, name).default
 
     def call(*args: Any) -> Any:
-        plain = _PLAIN.issuperset(type(arg) for arg in args if isinstance(arg, Tensor))
-        if not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _PLAIN.issuperset(map(type, args)):
             return registered(*args)
         return run(name, *args)
 
