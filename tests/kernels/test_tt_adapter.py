@@ -155,3 +155,16 @@ GOOD = adapter_problem(TINY_DOWN, TINY_UP, (6,), torch.float32, residual="anothe
 def test_names_what_is_wrong(changes, kind, message):
     with pytest.raises(kind, match=message):
         tt_adapter(**GOOD.tensors | GOOD.options | changes)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_a_number_stays_in_its_row(dtype, activation):
+    problem = adapter_problem(TINY_DOWN, TINY_UP, (40,), dtype, residual="none", activation=activation)
+    problem.tensors["x"][7, 3] = torch.nan
+    answers = solve(tt_adapter, problem)
+    for name in ("y", "dx"):
+        rows = answers[name].isnan().all(1)
+        assert rows.nonzero().tolist() == [[7]] or (name == "dx" and not rows.any())
+        assert answers[name][torch.arange(40) != 7].isfinite().all()
+    assert answers["ddown"].isnan().any()

@@ -120,3 +120,18 @@ GOOD = linear_problem(SHAPE, (6,), torch.float32)
 def test_names_what_is_wrong(changes, kind, message):
     with pytest.raises(kind, match=message):
         tt_linear(**GOOD.tensors | GOOD.options | changes)
+
+
+def test_bf16_is_rounded_to_nearest_and_ties_to_even():
+    shape = TTShape((2,), (1,), 1)
+    x = torch.tensor([[1, 2**-8], [1 + 2**-7, 2**-8], [1, 2**-7], [1, 2**-9], [1 + 2**-7, -(2**-8)]])
+    y = tt_linear(x.bfloat16(), torch.ones(shape.num_params), shape)
+    assert torch.equal(y, x.sum(1, keepdim=True).bfloat16())
+    assert y.flatten().tolist() == [1, 1 + 2**-6, 1 + 2**-7, 1, 1]
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001])
+def test_bf16_keeps_what_is_not_a_number(bits):
+    shape = TTShape((2,), (3,), 1)
+    cores = torch.full((shape.num_params,), bits, dtype=torch.int32).view(torch.float32)
+    assert tt_linear(torch.ones(2, 2, dtype=torch.bfloat16), cores, shape).isnan().all()
