@@ -111,6 +111,21 @@ def test_serves_fp64_on_a_gpu_by_pytorch_and_refuses_it_where_triton_is_forced(h
         _dispatch.choose(x, *others)
 
 
+def test_compiled_code_that_counted_on_c_falls_back_or_says_why(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
+    _dispatch._implementation.cache_clear()
+    call = "tt_linear_fwd", LINEAR.tensors["x"], LINEAR.tensors["cores"], TINY_DOWN.spec, None
+    try:
+        with (
+            backend("c"),
+            pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: there is no C compiler'),
+        ):
+            _dispatch.run(*call, "c")
+        assert torch.equal(_dispatch.run(*call, "c")[0], _dispatch.run(*call, "torch")[0])
+    finally:
+        _dispatch._implementation.cache_clear()
+
+
 def test_says_once_that_a_gpu_without_triton_takes_the_slower_path(no_triton, recwarn):
     with pytest.warns(UserWarning, match="triton is not installed: PyTorch serves .* on this GPU, which is slower"):
         assert _dispatch.choose(on_gpu(torch.float32)) == "torch"
