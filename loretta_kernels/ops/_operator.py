@@ -20,8 +20,8 @@ _PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str, tuple,
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `loretta::NAME` of the schema `NAME(x, ..., str backend) -> ...` and return what calls it.
 
-    Where nothing looks on, no compiler, mode or tensor of another class, the call does without torch's dispatcher:
-    with few rows that takes as long as the operator's own work.
+    Where nothing looks on, no compiler, mode or tensor of another class, and tensors have elements, the call does
+    without torch's dispatcher: with few rows that takes as long as the operator's own work.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -30,9 +30,9 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     registered = getattr(torch.ops.loretta, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _PLAIN.issuperset(map(type, args)):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or args[0].is_meta:
             return registered(*args)
-        return run(name, *args)
+        return run(name, *args) if _PLAIN.issuperset(map(type, args)) else registered(*args)
 
     return call
 

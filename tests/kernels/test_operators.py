@@ -254,6 +254,16 @@ def test_no_rows_give_an_empty_output_and_zero_gradients(name, dtype, lead):
     assert all((answer == 0).all() for answer in answers.values())
 
 
+@every_function
+def test_tensors_of_meta_give_shapes(name):
+    function, problem = problem_of(name, (2, 5), torch.float32, **({} if name == "tt_linear" else {"dropout_p": 0.5}))
+    problem.tensors |= {key: None if t is None else t.to("meta") for key, t in problem.tensors.items()}
+    with torch.device("meta"):
+        answers = solve(function, problem)
+    assert answers["y"].shape == (2, 5, 4 if name == "tt_linear" else 15)
+    assert all(answer.is_meta for answer in answers.values())
+
+
 LAYOUTS = {
     "every-other-row": lambda randn, N, M, I: randn(2 * N, M, I)[::2],
     "every-other-column": lambda randn, N, M, I: randn(N, M, 2 * I)[..., ::2],
