@@ -130,13 +130,9 @@ def _training(record: dict[str, Any]) -> str:
     ]
     header = ["method", "trainable", "forward ms", "backward ms", "optimiser ms", "step ms", "spread", "tokens/s"]
     title = f"{record['model']}, {record['tokens']} tokens, {record['dtype']}; the frozen base twice: "
-    title += (
-        f"{record['drift']:+.1%}. The share is what a method adds to the frozen base's step, over it, the median of "
-    )
-    title += (
-        "the rounds: by whole steps; and, on a CPU, by its adapters' and the optimiser's own time, measured within "
-    )
-    title += "the step, with its interval at 95%."
+    title += f"{record['drift']:+.1%}. The share is what a method adds to the frozen base's step, over it, the median "
+    title += "of the rounds: by whole steps; and, on a CPU, by its adapters' and the optimiser's own time, measured "
+    title += "within the step, with its interval at 95%."
     header += ["peak MiB", "share by steps", "share", "its interval"]
     return f"{title}\n\n{table(header, rows)}{_reasons([record])}"
 

@@ -62,7 +62,7 @@ static Side side_of(const Call *call, int train, int output) {
 }
 
 INLINE float *take(Plan *plan, float *room, int64_t size) {
-    float *start = room ? room + plan->size : NULL;
+    float *start = room + plan->size;
     plan->size += (size + 15) & ~15; /* whole cache lines */
     return start;
 }
@@ -103,13 +103,17 @@ static Plan plan_of(const Call *call, int backward) {
         if (!B && (k == 1 || k == 2)) continue;
         most = back_size(sides[k]) > most ? back_size(sides[k]) : most;
         sides[k]->partials = take(&plan, room, partials_size(sides[k]));
-        if (!room) continue;
         if (k & 1) sides[k]->G += side_params(sides[k - 1]);
-        contract(sides[k]);
     }
     plan.back = take(&plan, room, most);
-    if (room && call->up_bias) memcpy(plan.R + M * O, call->up_bias, sizeof(float) * O);
     return plan;
+}
+
+/* Fill the tables. */
+static void contract_sides(const Call *call, const Plan *plan) {
+    contract(&plan->Ld), contract(&plan->Ru);
+    if (call->B) contract(&plan->Rd), contract(&plan->Lu);
+    if (call->up_bias) memcpy(plan->R + plan->M * call->O, call->up_bias, sizeof(float) * call->O);
 }
 
 INLINE void *at(const void *p, int64_t bf16, int64_t element) { return (char *)p + (bf16 ? 2 : 4) * element; }
@@ -155,7 +159,8 @@ static void middle(const Call *call, const Plan *plan, int64_t rows, const float
 
 static void forward_rows(const Call *call, const Plan *plan, int64_t thread, int64_t first, int64_t end) {
     int64_t I = call->I, O = call->O, K = plan->K, M = plan->M, shift = thread * plan->rows_size, ld, ldb;
-    float *z = plan->z + shift, *dots = plan->dots + shift, *tile = plan->tiles + shift, *other = tile + plan->step * COLUMNS;
+    float *z = plan->z + shift, *dots = plan->dots + shift;
+    float *tile = plan->tiles + shift, *other = tile + plan->step * COLUMNS;
     const void *base = call->residual_is_x ? call->x : call->residual;
     int64_t ld_base = call->residual_is_x ? call->ldx : call->ldr, bf16 = call->y_bf16;
     int64_t base_bf16 = call->residual_is_x ? call->x_bf16 : call->residual_bf16;
@@ -204,7 +209,7 @@ static void backward_rows(const Call *call, const Plan *plan, int64_t thread, in
             int64_t cols = O - c < COLUMNS ? O - c : COLUMNS;
             const float *dy = read(call->dy, call->ldy, call->y_bf16, row, rows, c, cols, tile, &ld);
             if (needs & (DX | DDOWN | DDOWN_BIAS | DUP)) dot(rows, cols, M, dy, ld, plan->R + c, O, dots);
-            if (needs_dR) outer(rows, cols, M + 1, z, M + 1, dy, ld, dR + c, O);
+            if (needs_dR) outer(rows, cols, M + !!call->up_bias, z, M + 1, dy, ld, dR + c, O);
         }
         memset(dz, 0, sizeof(float) * rows * M);
         fold(rows * M, dots, dz);
@@ -256,33 +261,27 @@ static void in_threads(void (*work)(const Call *, const Plan *, int64_t, int64_t
     }
 }
 
-/* Ask for huge pages under an output that is written for the first time: the kernel hands them out far faster. */
+/* Ask for huge pages under an output, which may be fresh memory: the system clears them far faster than small ones. */
 static void expect(const void *output, int64_t bf16, int64_t size) {
     const uintptr_t page = 1 << 21, start = ((uintptr_t)output + page - 1) & ~(page - 1);
     const uintptr_t end = (uintptr_t)at(output, bf16, size) & ~(page - 1);
     if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE);
 }
 
-/* The plan with the sides contracted, or with a size alone where there is less room than that. */
-static Plan prepare(const Call *call, int backward) {
-    Call without = *call;
-    without.room = NULL;
-    Plan plan = plan_of(&without, backward);
-    return plan.size > call->room_size ? plan : plan_of(call, backward);
-}
-
 /* Both return 0, or how many floats of room they need and have not got: then they have done nothing. */
 int64_t loretta_forward(const Call *call) {
-    Plan plan = prepare(call, 0);
+    Plan plan = plan_of(call, 0);
     if (plan.size > call->room_size) return plan.size;
+    contract_sides(call, &plan);
     expect(call->y, call->y_bf16, call->N * call->O);
     in_threads(forward_rows, call, &plan);
     return 0;
 }
 
 int64_t loretta_backward(const Call *call) {
-    Plan plan = prepare(call, 1);
+    Plan plan = plan_of(call, 1);
     if (plan.size > call->room_size) return plan.size;
+    contract_sides(call, &plan);
     if (call->needs & DX) expect(call->dx, call->x_bf16, call->N * call->I);
     in_threads(backward_rows, call, &plan);
     for (int64_t thread = 1; thread < plan.threads; thread++)

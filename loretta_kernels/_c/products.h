@@ -49,7 +49,7 @@ INLINE quad load4(const float *p) {
 
 INLINE void store4(float *p, quad v) { memcpy(p, &v, sizeof v); }
 
-/* s += the sums of the lanes of `count` vectors, which are added up in halves. */
+/* s += the sums of the lanes of `count` vectors. */
 static void fold(int64_t count, const float *sums, float *s) {
     for (int64_t k = 0; k < count; k++) {
         quad total = {0};

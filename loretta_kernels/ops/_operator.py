@@ -21,7 +21,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `loretta::NAME` of the schema `NAME(x, ..., str backend) -> ...` and return what calls it.
 
     Where nothing looks on, no compiler, mode or tensor of another class, and tensors have elements, the call does
-    without torch's dispatcher: with few rows that takes as long as the operator's own work.
+    without torch's dispatcher, whose time shows where rows are few.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -14,12 +14,7 @@ import torch
 from loretta_kernels import TTShape, tt_linear
 from loretta_kernels._c import library
 
-CALL = """
-import torch
-from loretta_kernels import TTShape, tt_linear
-shape = TTShape((2,), (2,), 1)
-print(tt_linear(torch.ones(1, 2), torch.ones(shape.num_params), shape).tolist())
-"""
+from ..kernels.problems import CALL
 
 
 def processes(count: int, cache: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:

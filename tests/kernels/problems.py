@@ -15,6 +15,13 @@ from loretta_kernels.selfcheck.errors import FP32_ROUNDINGS
 
 FP64_BAR = 1e-12
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A call in a process of its own, which prints [[2.0, 2.0]].
+CALL = """
+import torch
+from loretta_kernels import TTShape, tt_linear
+shape = TTShape((2,), (2,), 1)
+print(tt_linear(torch.ones(1, 2), torch.ones(shape.num_params), shape).tolist())
+"""
 TINY_DOWN, TINY_UP = TTShape((3, 4), (2, 2), (2, 3, 2)), TTShape((2, 2), (5, 3), (2, 3, 2))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from loretta_kernels import _dispatch, _torch, backend, tt_adapter, tt_linear, tt_lora
 
-from .problems import TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
+from .problems import CALL, TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
 
 LINEAR = linear_problem(TINY_DOWN, (4,), torch.float32)
 CASES = [
@@ -186,14 +186,6 @@ def test_a_compiled_function_obeys_a_backend_chosen_after_it_was_compiled():
     compiled(**LINEAR.tensors | LINEAR.options)
     with backend("triton"), pytest.raises(Exception, match="cannot serve"):
         compiled(**LINEAR.tensors | LINEAR.options)
-
-
-CALL = """
-import torch
-from loretta_kernels import TTShape, tt_linear
-shape = TTShape((2,), (2,), 1)
-print(tt_linear(torch.ones(1, 2), torch.ones(shape.num_params), shape).tolist())
-"""
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
