@@ -17,8 +17,8 @@ PAGES = """
 import resource, runpy, sys, torch
 keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
 print(keep_freed_memory() if sys.argv[2] == "keep" else None)
-for count in range(20):
-    if count == 4:
+for count in range(32):
+    if count == 16:  # the heap of a process grows for as many as eight of these, by where the system placed it
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = torch.ones(1 << 24)  # 64 MiB
     z = y * 2
