@@ -26,31 +26,35 @@ static void write_bf16(const float *tile, int64_t rows, int64_t cols, uint16_t *
     }
 }
 
+/* Vectors of words of a counter, each in 64 bits, where its product with another has room. */
+typedef uint64_t words __attribute__((vector_size(8 * LANES)));
+
 /* What dropout multiplies the elements (row, c0 .. c0 + cols) by, c0 a multiple of 4: 0, or 1 / (1 - p).
  *
  * Philox4x32-10 (Salmon et al., SC 2011) with the key `seed` and the counter (row, its upper half, column // 4, 0) gives
- * four columns; eight counters at once. The Triton kernels draw the same.
+ * four columns; LANES counters at once. The Triton kernels draw the same.
  */
 static void dropout_factors(uint64_t seed, double p, uint64_t row, int64_t c0, int64_t cols, float *factors) {
-    enum { AT_ONCE = 8 };
+    const uint64_t lower = 0xFFFFFFFF;
     const uint32_t dropped = (uint32_t)(p * 2147483648.0);
     const float kept = (float)(1 / (1 - p));
-    for (int64_t c = 0; c < cols; c += 4 * AT_ONCE) {
-        uint64_t w[4][AT_ONCE];
-        uint32_t k0 = (uint32_t)seed, k1 = seed >> 32;
-        for (int i = 0; i < AT_ONCE; i++) {
-            w[0][i] = (uint32_t)row, w[1][i] = row >> 32, w[3][i] = 0;
-            w[2][i] = (uint32_t)((c0 + c) / 4 + i);
+    words lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int64_t c = 0; c < cols; c += 4 * LANES) {
+        uint64_t k0 = seed & lower, k1 = seed >> 32;
+        words none = {0}, w0 = none + (row & lower), w1 = none + (row >> 32), w2 = lanes + (uint64_t)(c0 + c) / 4, w3 = none;
+        for (int round = 0; round < 10; round++) {
+            words low = w0 * 0xD2511F53UL, high = w2 * 0xCD9E8D57UL;
+            w0 = high >> 32 ^ w1 ^ k0, w1 = high & lower;
+            w2 = low >> 32 ^ w3 ^ k1, w3 = low & lower;
+            k0 = (k0 + 0x9E3779B9) & lower, k1 = (k1 + 0xBB67AE85) & lower;
         }
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85)
-            for (int i = 0; i < AT_ONCE; i++) {
-                uint64_t low = 0xD2511F53 * w[0][i], high = 0xCD9E8D57 * w[2][i];
-                w[0][i] = high >> 32 ^ w[1][i] ^ k0, w[1][i] = high & 0xFFFFFFFF;
-                w[2][i] = low >> 32 ^ w[3][i] ^ k1, w[3][i] = low & 0xFFFFFFFF;
-            }
-        for (int i = 0; i < AT_ONCE; i++)
-            for (int k = 0; k < 4 && c + 4 * i + k < cols; k++)
-                factors[c + 4 * i + k] = (uint32_t)w[k][i] >> 1 >= dropped ? kept : 0;
+        uint32_t drawn[4 * LANES];
+        for (int i = 0; i < LANES; i++) {
+            drawn[4 * i] = w0[i], drawn[4 * i + 1] = w1[i], drawn[4 * i + 2] = w2[i], drawn[4 * i + 3] = w3[i];
+        }
+        int64_t left = cols - c < 4 * LANES ? cols - c : 4 * LANES;
+        for (int64_t i = 0; i < left; i++) factors[c + i] = drawn[i] >> 1 >= dropped ? kept : 0;
     }
 }
 
