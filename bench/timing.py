@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -30,7 +31,9 @@ class Work:
 
 
 class Rounds:
-    """A call is one round over all `works`; the order moves on by one from round to round.
+    """A call is one round over all `works`, in an order drawn anew.
+
+    Each finds in the caches what the one before it left there: none may always follow the same.
 
     Args:
         works: what takes part, by name.
@@ -44,7 +47,7 @@ class Rounds:
     def __init__(self, works: dict[str, Work], device: torch.device, dropped: int = DROPPED) -> None:
         self.works = works
         self.times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-        self._count = 0
+        self._order = Random(0)
         self._run = _GPUClock(device) if device.type == "cuda" else _run_on_cpu
         self._of_a_round = 0.0
         for _ in range(dropped):
@@ -54,13 +57,10 @@ class Rounds:
         self.times = {name: [] for name in works}
 
     def __call__(self) -> None:
-        names = list(self.works)
-        first = self._count % len(names)
-        self._count += 1
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for name in names[first:] + names[:first]:
+            for name in self._order.sample(list(self.works), len(self.works)):
                 self.times[name].append(self._run(self.works[name]))
         finally:
             if collecting:

@@ -11,12 +11,23 @@ from bench.timing import Rounds, Work
 CPU = torch.device("cpu")
 
 
-def test_every_round_runs_each_work_once_and_moves_the_order_on():
+def rounds_in_order(count: int) -> list[str]:
+    """In which order some rounds run three works."""
     order: list[str] = []
     rounds = Rounds({name: Work(lambda name=name: order.append(name)) for name in "abc"}, CPU, dropped=0)
-    for _ in range(3):
+    for _ in range(count):
         rounds()
-    assert "".join(order) == "abcbcacab"
+    return ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
+
+
+def test_every_round_runs_each_work_once():
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds_in_order(30))
+
+
+def test_none_always_follows_the_same():
+    orders = rounds_in_order(30)
+    assert len(set(orders)) == 6
+    assert orders == rounds_in_order(30)
 
 
 def test_backward_gets_what_forward_returned():
