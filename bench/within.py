@@ -36,9 +36,9 @@ class Within:
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         self.seconds: list[dict[str, float]] = []
-        self._own: dict[str, float] = {}
         self._entered, self._inside, self._products = 0.0, "", 0
         self._layers = dict(_timed(model, base))
+        self._own = dict.fromkeys(self._layers, 0.0)
         for name, layer in self._layers.items():
             layer.register_forward_pre_hook(partial(self._before, name))
             layer.register_forward_hook(partial(self._after, name))
