@@ -31,8 +31,8 @@ typedef uint64_t words __attribute__((vector_size(8 * LANES)));
 
 /* What dropout multiplies the elements (row, c0 .. c0 + cols) by, c0 a multiple of 4: 0, or 1 / (1 - p).
  *
- * Philox4x32-10 (Salmon et al., SC 2011) with the key `seed` and the counter (row, its upper half, column // 4, 0) gives
- * four columns; LANES counters at once. The Triton kernels draw the same.
+ * Philox4x32-10 (Salmon et al., SC 2011) with the key `seed` and the counter (row, its upper half, column // 4, 0)
+ * gives four columns; LANES counters at once. The Triton kernels draw the same.
  */
 static void dropout_factors(uint64_t seed, double p, uint64_t row, int64_t c0, int64_t cols, float *factors) {
     const uint64_t lower = 0xFFFFFFFF;
@@ -42,7 +42,8 @@ static void dropout_factors(uint64_t seed, double p, uint64_t row, int64_t c0, i
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     for (int64_t c = 0; c < cols; c += 4 * LANES) {
         uint64_t k0 = seed & lower, k1 = seed >> 32;
-        words none = {0}, w0 = none + (row & lower), w1 = none + (row >> 32), w2 = lanes + (uint64_t)(c0 + c) / 4, w3 = none;
+        words none = {0}, w0 = none + (row & lower), w1 = none + (row >> 32), w3 = none;
+        words w2 = lanes + (uint64_t)(c0 + c) / 4;
         for (int round = 0; round < 10; round++) {
             words low = w0 * 0xD2511F53UL, high = w2 * 0xCD9E8D57UL;
             w0 = high >> 32 ^ w1 ^ k0, w1 = high & lower;
