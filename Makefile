@@ -35,7 +35,7 @@ demo-cls: $(RUN) ## classify BBC news with MiniLM: head alone, LoRA and both met
 test: $(DEVELOP) ## run the test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
-test-long: $(DEVELOP) ## run the slow tests, and ten times as many random shapes through the kernels
+test-long: $(DEVELOP) ## run the slow tests, and ten times as many random shapes through the kernels and C
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton tests/c -k any
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ import resource, runpy, sys, torch
 keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
 print(keep_freed_memory() if sys.argv[2] == "keep" else None)
 for count in range(32):
-    if count == 16:  # the heap of a process grows for as many as eight of these, by where the system placed it
+    if count == 16:  # how soon the heap has grown to what this takes is chance
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     y = torch.ones(1 << 24)  # 64 MiB
     z = y * 2
@@ -39,6 +40,23 @@ def test_freed_blocks_are_used_again():
     kept, faults = pages("keep")
     assert kept == "True"
     assert faults < pages("leave")[1] / 10
+
+
+@pytest.mark.parametrize("largest", [1 << 30, 1 << 25], ids=["glibc", "an older glibc"])
+def test_neither_large_blocks_nor_the_end_of_the_heap_are_given_back(monkeypatch, largest):
+    settings = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if value > largest:
+            return 0
+        settings[name] = value
+        return 1
+
+    for name in allocator.CHOSEN_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert allocator.keep_freed_memory()
+    assert settings == {allocator.M_MMAP_THRESHOLD: largest, allocator.M_TRIM_THRESHOLD: -1}
 
 
 def test_settings_of_the_environment_stay():

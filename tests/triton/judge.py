@@ -21,10 +21,10 @@ def check(
     """The backend's errors: at most twice that of plain PyTorch, or of the definition with operands that were rounded.
 
     Plain PyTorch can be right by luck where an answer has a few elements, whose summands may cancel. What there was to
-    lose is seen when x and every parameter are off at random by up to half a unit in the last place of x's dtype and
-    the rest is exact: both implementations round that often, and more; in fp32, and of few elements or through few,
-    six times that counts. Neither counts below the roundings of a chain of fp32 products, which for the scale, a single
-    sum, are those of its summands.
+    lose is seen when x and every parameter are off at random by up to half a unit in the last place of x's dtype, dy by
+    half a unit of fp32, and the rest is exact: both implementations round that often, and more; in fp32, and of few
+    elements or through few, six times that counts. Neither counts below the roundings of a chain of fp32 products,
+    which for the scale, a single sum, are those of its summands.
     """
     with backend(name):
         ours = solve(function, problem)
