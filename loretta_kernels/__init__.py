@@ -2,20 +2,19 @@
 
 from loretta_kernels import reference
 from loretta_kernels._dispatch import backend
-from loretta_kernels.explain import explain
-from loretta_kernels.ops.tt_adapter import tt_adapter
-from loretta_kernels.ops.tt_linear import tt_linear
-from loretta_kernels.ops.tt_lora import tt_lora
-from loretta_kernels.ops.tt_matrix import tt_matrix
+from loretta_kernels._torch.contraction import frozen
+from loretta_kernels.functions import tt_adapter, tt_linear, tt_lora, tt_matrix
 from loretta_kernels.shape import TTShape
+from loretta_kernels.train import TT
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 __all__ = [
     "ACTIVATIONS",
+    "TT",
     "TTShape",
     "backend",
-    "explain",
+    "frozen",
     "reference",
     "tt_adapter",
     "tt_linear",

@@ -1,7 +1,7 @@
-"""The operators as definitions: W materialised, plain autograd, any dtype. For reading, and the oracle of the tests.
+"""The operators as definitions: plain autograd, any dtype. For reading, and the oracle of the tests.
 
 Everything is computed in x's dtype; give fp64 tensors for the truth. `mask` stands where the operators have `dropout_p`
-and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for a kept one.
+and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for the others.
 
 Source: LoRETTA (NAACL 2024, arXiv 2402.11417).
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loretta_kernels.shape import TTShape
+from loretta_kernels.train import TT
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -27,28 +28,38 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def tt_matrix(cores: Tensor, shape: TTShape) -> Tensor:
-    """W [I, O], W[(i1..ip), (o1..oq)] = G1[i1] ··· Gp[ip] · G(p+1)[o1] ··· G(p+q)[oq]."""
-    W = cores.new_ones(1, 1)
-    for core, (r, n, r_next) in zip(cores.split(shape.core_sizes), shape.core_shapes, strict=True):
-        W = (W @ core.reshape(r, n * r_next)).reshape(-1, r_next)
-    return W.reshape(shape.in_features, shape.out_features)
+def tt_sides(cores: Tensor, shape: TTShape) -> tuple[Tensor, Tensor]:
+    """L [I, K] and R [K, O], whose product is W: the products of the input cores and of the output cores."""
+    matrices = [
+        core.reshape(r, n * r_next)
+        for core, (r, n, r_next) in zip(cores.split(shape.core_sizes), shape.core_shapes, strict=True)
+    ]
+    L, R = matrices[0], matrices[shape.cut]
+    for matrix in matrices[1 : shape.cut]:
+        L = L.reshape(-1, len(matrix)) @ matrix
+    for matrix in matrices[shape.cut + 1 :]:
+        R = R.reshape(-1, len(matrix)) @ matrix
+    in_factor, out_factor = shape.factors
+    return in_factor * L.reshape(-1, shape.waist), out_factor * R.reshape(shape.waist, -1)
 
 
-def tt_linear(x: Tensor, cores: Tensor, shape: TTShape, bias: Tensor | None = None) -> Tensor:
-    """y = x · W + b."""
-    y = x @ tt_matrix(cores.to(x.dtype), shape)
-    return y if bias is None else y + bias.to(x.dtype)
+def tt_matrix(train: TT) -> Tensor:
+    """W [I, O], W[(i1..ip), (o1..oq)] = G1[i1] ··· Gp[ip] · G(p+1)[o1] ··· G(p+q)[oq] · 2 ** (gains)."""
+    L, R = tt_sides(train.cores, train.shape)
+    return L @ R
+
+
+def tt_linear(x: Tensor, train: TT) -> Tensor:
+    """y = x · W + b, as (x · L) · R + b."""
+    L, R = tt_sides(train.cores.to(x.dtype), train.shape)
+    y = x @ L @ R
+    return y if train.bias is None else y + train.bias.to(x.dtype)
 
 
 def tt_adapter(
     x: Tensor,
-    down: Tensor,
-    down_shape: TTShape,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_shape: TTShape,
-    up_bias: Tensor | None,
+    down: TT,
+    up: TT,
     *,
     activation: str = "relu",
     scale: float | Tensor = 1.0,
@@ -56,25 +67,20 @@ def tt_adapter(
     mask: Tensor | None = None,
 ) -> Tensor:
     """y = residual + scale · (act(drop(x) · W_down + b_down) · W_up + b_up)."""
-    dropped = x if mask is None else x * mask.to(x.dtype)
-    h = tt_linear(dropped, down, down_shape, down_bias)
-    delta = tt_linear(ACTIVATIONS[activation](h), up, up_shape, up_bias)
+    h = tt_linear(x if mask is None else x * mask.to(x.dtype), down)
+    delta = tt_linear(ACTIVATIONS[activation](h), up)
     delta = delta * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
     return delta if residual is None else residual + delta
 
 
 def tt_lora(
     x: Tensor,
-    a: Tensor,
-    a_shape: TTShape,
-    b: Tensor,
-    b_shape: TTShape,
+    a: TT,
+    b: TT,
     *,
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """y = residual + scale · drop(x) · A · B."""
-    return tt_adapter(
-        x, a, a_shape, None, b, b_shape, None, activation="identity", scale=scale, residual=residual, mask=mask
-    )
+    return tt_adapter(x, a, b, activation="identity", scale=scale, residual=residual, mask=mask)

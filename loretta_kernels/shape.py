@@ -9,8 +9,9 @@ from math import prod
 from operator import index
 
 MAX_MODE = 16
-# Of any bond, unless the matrix has a larger side: no train needs more, and a slip of the pen would fill the memory.
+# Of any bond, unless the matrix has a larger side: no train needs more, and typos are caught before they exhaust memory.
 MAX_RANK = 64
+MAX_GAIN = 64  # in absolute value: 2 ** 64 is far from fp32's largest number
 
 # LoRETTA, table 10, and what the released code adds to it. The other direction of each is its mirror image.
 _PAPER_MODES: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -34,25 +35,35 @@ _PAPER_MODES: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
 class TTShape:
     """Modes and bond ranks of a tensor train for a matrix `[in_features, out_features]`.
 
-        W[(i1..ip), (o1..oq)] = G1[i1] ··· Gp[ip] · G(p+1)[o1] ··· G(p+q)[oq],   Gk of shape [r(k-1), n(k), r(k)]
+        W[(i1..ip), (o1..oq)] = G1[i1] ··· Gp[ip] · G(p+1)[o1] ··· G(p+q)[oq] · 2 ** (gain_in + gain_out)
+
+    with cores Gk of shape `[r(k-1), n(k), r(k)]`.
 
     Args:
         in_modes: `i1..ip`, whose product is `in_features`.
         out_modes: `o1..oq`, whose product is `out_features`.
         ranks: an int, the rank of every inner bond (never clipped: the paper's parameter counts depend on it), or one
             rank for each of the `p + q - 1` inner bonds. Kept as a tuple.
+        gains: two exponents of 2, by which the product of the input cores and that of the output cores are multiplied.
+            They decide how far one step of an optimiser moves W, and nothing else (DESIGN.md says why).
 
     Attributes:
         modes: all modes, input then output.
         cut: how many cores lie on the input side.
         bond_ranks: `(1, *ranks, 1)`.
         waist: the rank of the bond at the cut, so that `W = L [I, waist] · R [waist, O]`.
+        factors: what L and R are multiplied by, `2.0 ** gain` each.
         core_shapes: `(r(k-1), n(k), r(k))` of each core.
         num_params: the length of the flat tensor that holds the cores.
 
     Raises:
-        TypeError: a mode or a rank is not an int.
-        ValueError: a side without modes, a mode or a rank below 1, or the wrong number of ranks.
+        TypeError: a mode, a rank or a gain is not an int.
+        ValueError: a side without modes, a mode or a rank below 1, or the wrong number of ranks or gains.
+
+    Example:
+        >>> shape = TTShape((16, 16, 16), (4, 4, 4), ranks=5)
+        >>> shape.in_features, shape.out_features, shape.num_params
+        (4096, 64, 1100)
 
     Source: LoRETTA (NAACL 2024, arXiv 2402.11417), its tensor-train format, with one rank per bond.
     """
@@ -60,18 +71,26 @@ class TTShape:
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
     ranks: tuple[int, ...]
+    gains: tuple[int, int]
     in_features: int = field(init=False, repr=False, compare=False)
     out_features: int = field(init=False, repr=False, compare=False)
     modes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     cut: int = field(init=False, repr=False, compare=False)
     bond_ranks: tuple[int, ...] = field(init=False, repr=False, compare=False)
     waist: int = field(init=False, repr=False, compare=False)
+    factors: tuple[float, float] = field(init=False, repr=False, compare=False)
     core_shapes: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
     core_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     num_params: int = field(init=False, repr=False, compare=False)
     spec: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    def __init__(self, in_modes: Iterable[int], out_modes: Iterable[int], ranks: int | Iterable[int]) -> None:
+    def __init__(
+        self,
+        in_modes: Iterable[int],
+        out_modes: Iterable[int],
+        ranks: int | Iterable[int],
+        gains: Iterable[int] = (0, 0),
+    ) -> None:
         left, right = _positive("in_modes", in_modes), _positive("out_modes", out_modes)
         bonds = len(left) + len(right) - 1
         inner = _positive("ranks", ranks) if isinstance(ranks, Iterable) else _positive("ranks", (ranks,)) * bonds
@@ -84,6 +103,9 @@ class TTShape:
             raise ValueError(
                 f"no rank of a {prod(left)} x {prod(right)} matrix may be above {largest}, got {max(inner)}"
             )
+        exponents = _ints("gains", gains)
+        if len(exponents) != 2 or max(map(abs, exponents)) > MAX_GAIN:
+            raise ValueError(f"gains must be two exponents from -{MAX_GAIN} to {MAX_GAIN}, got {exponents}")
         modes, bond_ranks = left + right, (1, *inner, 1)
         core_shapes = tuple(zip(bond_ranks, modes, bond_ranks[1:], strict=False))
         core_sizes = tuple(prod(core) for core in core_shapes)
@@ -91,16 +113,18 @@ class TTShape:
             "in_modes": left,
             "out_modes": right,
             "ranks": inner,
+            "gains": exponents,
             "in_features": prod(left),
             "out_features": prod(right),
             "modes": modes,
             "cut": len(left),
             "bond_ranks": bond_ranks,
             "waist": bond_ranks[len(left)],
+            "factors": tuple(2.0**exponent for exponent in exponents),
             "core_shapes": core_shapes,
             "core_sizes": core_sizes,
             "num_params": sum(core_sizes),
-            "spec": (len(left), *modes, *inner),
+            "spec": (len(left), *modes, *inner, *exponents),
         }.items():
             object.__setattr__(self, name, value)
 
@@ -129,9 +153,9 @@ class TTShape:
     @staticmethod
     @cache
     def from_spec(spec: tuple[int, ...]) -> TTShape:
-        """The shape whose `spec` is this: `(cut, *modes, *ranks)`, the form in which operators carry it."""
+        """The shape whose `spec` is this: `(cut, *modes, *ranks, *gains)`, the form in which operators carry it."""
         cut, middle = spec[0], len(spec) // 2
-        return TTShape(spec[1 : cut + 1], spec[cut + 1 : middle + 1], spec[middle + 1 :])
+        return TTShape(spec[1 : cut + 1], spec[cut + 1 : middle], spec[middle:-2], spec[-2:])
 
 
 @cache
@@ -175,10 +199,15 @@ def _factorings(size: int, count: int, smallest: int) -> Iterator[tuple[int, ...
 
 def _positive(name: str, values: Iterable[int]) -> tuple[int, ...]:
     """`values` as a tuple of ints from 1 up, or an error that names them."""
-    values = tuple(values)
-    if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
-        raise TypeError(f"{name} must be ints, got {values}")
-    values = tuple(index(value) for value in values)
+    values = _ints(name, values)
     if any(value < 1 for value in values):
         raise ValueError(f"{name} must be at least 1, got {values}")
     return values
+
+
+def _ints(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """`values` as a tuple of ints, or an error that names them."""
+    values = tuple(values)
+    if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
+        raise TypeError(f"{name} must be ints, got {values}")
+    return tuple(index(value) for value in values)

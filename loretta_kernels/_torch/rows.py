@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loretta_kernels.philox import dropout_factor
+
 CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22  # elements: what fits a core's cache; few launches
 LEAST_ROWS = 16  # of a block, where rows are so long that a call for each would show
 
 
 class Dropout(NamedTuple):
-    """The probability that an element is dropped, to the nearest 1/65536, and the seed that says which are."""
+    """The probability that an element is dropped, and the seed that decides which are."""
 
     p: float
     seed: Tensor
@@ -44,12 +46,13 @@ def block_rows(x: Tensor, dtype: torch.dtype, dropout: Dropout | None = None) ->
 
 def row_blocks(x: Tensor, dtype: torch.dtype, dropout: Dropout | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The blocks of `x [N, I]` in order: drop(x) in `dtype`, and what drop multiplied by."""
-    generator = dropout and torch.Generator(x.device).manual_seed(int(dropout.seed))
+    first_row = 0
     for rows in _split(x, block_rows(x, dtype, dropout)):
         block, factor = rows if rows.dtype is dtype else rows.to(dtype), None
         if dropout is not None:
-            factor = _dropout_factor(block, dropout.p, generator)
+            factor = dropout_factor(dropout.seed, first_row, *block.shape, dropout.p, dtype)
             block = block * factor
+            first_row += len(block)
         yield block, factor
 
 
@@ -109,16 +112,6 @@ def input_grads(
     return dx, dLt
 
 
-def with_ones(s: Tensor) -> Tensor:
-    """`s [N, K]` and a column of ones, for a bias among the rows that s is multiplied by."""
-    return torch.cat([s, s.new_ones(len(s), 1)], dim=1)
-
-
-def with_bias(R: Tensor, bias: Tensor) -> Tensor:
-    """`R [K, O]` and the bias as its last row."""
-    return torch.cat([R, bias.to(R.dtype)[None]])
-
-
 def _write(y: Tensor, base: Tensor | None, s: Tensor, P: Tensor, factor: Tensor | None = None) -> None:
     """y = base + factor · (s · P), computed in place where no dtype changes on the way."""
     if factor is None and y.dtype is P.dtype and (base is None or base.dtype is y.dtype):
@@ -145,11 +138,3 @@ def _blocks_of(x: Tensor | None, step: int, dim: int = 0) -> Iterator[Tensor | N
     """The blocks of x, or Nones for ever."""
     return repeat(None) if x is None else iter(_split(x, step, dim))
 
-
-def _dropout_factor(block: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """What dropout multiplies a block by. Four elements share a draw of 64 bits: drawing is what costs."""
-    n = block.numel()
-    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=block.device).random_(-(2**63), None, generator=generator)
-    chances = draws.view(torch.int16)[:n].view(block.shape)
-    threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
-    return torch.ge(chances, threshold, out=torch.empty_like(block)).div_(1 - p)

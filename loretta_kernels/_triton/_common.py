@@ -40,7 +40,7 @@ def tanh(x):
 def act(h, ACTIVATION: tl.constexpr):
     """a = act(h)."""
     if ACTIVATION == "relu":
-        return tl.maximum(h, 0.0)
+        return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         return 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -77,19 +77,18 @@ def dact(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def dropout_factor(seed, rows, c0, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p).
-
-    Philox4x32-10 with the key `seed` and the counter (row, its upper half, column // 4, 0) gives four columns at once.
-    """
-    quad = (c0 // 4 + tl.arange(0, BLOCK_C // 4))[None, :] + tl.full([BLOCK_N, 1], 0, tl.int32)
-    row = rows[:, None] + tl.full([1, BLOCK_C // 4], 0, tl.int64)
+def dropout_factor(
+    seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p), as `philox` says."""
+    oct = (c0 // 8 + tl.arange(0, BLOCK_C // 8))[None, :] + tl.full([BLOCK_N, 1], 0, tl.int32)
+    row = rows[:, None] + tl.full([1, BLOCK_C // 8], 0, tl.int64)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    quad = quad.to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, low, high, quad, quad * 0)
-    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_N, BLOCK_C)
-    DROPPED: tl.constexpr = int(P * 2147483648)
-    return tl.where((bits >> 1).to(tl.int32) >= DROPPED, 1 / (1 - P), 0.0)
+    oct = oct.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, oct, oct * 0, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
+    bits = tl.join(words << 16 >> 16, words >> 16).reshape(BLOCK_N, BLOCK_C)
+    return tl.where(bits >= DROPPED, 1 / (1 - P), 0.0)
 
 
 @triton.jit

@@ -66,7 +66,8 @@ def _core_grad(
 @triton.jit
 def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr):
     """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program."""
-    store_partials(scratch_ptr, S.chain_partials, cores_ptr, S, 0, S.count)
+    factor *= S.factor
+    store_partials(scratch_ptr, tl.constexpr(S.chain_partials), cores_ptr, S, 0, S.count)
     COUNT: tl.constexpr = S.count
     for step in tl.static_range(1, COUNT):
         if step == 1:
@@ -119,7 +120,7 @@ def sum_programs(sums_ptr, grads_ptr, programs, SIZE: tl.constexpr, STRIDE: tl.c
     e = tl.program_id(0) * TABLE_BLOCK + tl.arange(0, TABLE_BLOCK)
     sums = tl.full([TABLE_BLOCK], 0, tl.float32)
     for program in range(programs):
-        sums += tl.load(grads_ptr + tl.to_tensor(program).to(tl.int64) * STRIDE + e, mask=e < SIZE, other=0.0)
+        sums += tl.load(grads_ptr + tl.cast(program, tl.int64) * STRIDE + e, mask=e < SIZE, other=0.0)
     tl.store(sums_ptr + e, sums, mask=e < SIZE)
 
 

@@ -28,27 +28,13 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def seed_on(device: torch.device, seed: Tensor | None) -> Tensor | None:
-    """The seed where the kernel reads it; from the CPU it comes by a fill, which a CUDA graph can capture."""
-    if seed is None or seed.device == device or device.type == "meta":
-        return seed
-    return torch.full((), int(seed), dtype=torch.int64, device=device)
-
-
 def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) -> tuple[Any, ...]:
-    """Room for the gradients that are needed, zero where there are no rows; an empty tensor for the others."""
-    x = tensors[0]
-    assert x is not None
+    """Memory for the gradients that are needed, zero where there are no rows; None for the others."""
     new = torch.empty_like if N else torch.zeros_like
     return tuple(
-        new(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
+        new(t, memory_format=torch.contiguous_format) if t is not None and need else None
         for t, need in zip(tensors, needs, strict=True)
     )
-
-
-def needed(grads: dict[str, Tensor], needs: Sequence[bool]) -> dict[str, Tensor | None]:
-    """None in place of the empty tensors."""
-    return {name: grad if need else None for (name, grad), need in zip(grads.items(), needs, strict=True)}
 
 
 def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:

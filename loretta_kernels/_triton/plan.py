@@ -44,6 +44,22 @@ class Plan:
     backward: Blocks
 
     @cached_property
+    def first(self) -> Side:
+        """The side that takes x."""
+        return self.sides[0]
+
+    @cached_property
+    def last(self) -> Side:
+        """The side that gives y."""
+        return self.sides[-1]
+
+    @cached_property
+    def named_sides(self) -> dict[str, Side | None]:
+        """The sides by their names in the kernels; one train alone has no middle."""
+        middle = self.sides[1:-1] or (None, None)
+        return dict(zip(("LD", "RD", "LU", "RU"), (self.first, *middle, self.last), strict=True))
+
+    @cached_property
     def block_b(self) -> int:
         """Features of the bottleneck taken at a time."""
         return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
@@ -97,16 +113,10 @@ class Plan:
 
 
 @cache
-def adapter_plan(down: TTShape, up: TTShape, itemsize: int, arch: str) -> Plan:
-    """The plan of tt_adapter and tt_lora."""
+def plan_of(down: TTShape, up: TTShape | None, itemsize: int, arch: str) -> Plan:
+    """The plan of one train, or of two."""
     first = sides(down)
-    return _plan((*first, *sides(up, first[-1].table_end, first[-1].grad_end)), itemsize, arch)
-
-
-@cache
-def linear_plan(shape: TTShape, itemsize: int, arch: str) -> Plan:
-    """The plan of tt_linear."""
-    return _plan(sides(shape), itemsize, arch)
+    return _plan(first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end)), itemsize, arch)
 
 
 def shared_limit(arch: str) -> int:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from loretta_kernels._triton import launch
+from loretta_kernels._triton.adapter import backward, forward
 from loretta_kernels._triton.launch import Launch
 from loretta_kernels._triton.operands import planning_for
-from loretta_kernels._triton.tt_adapter import tt_adapter_bwd, tt_adapter_fwd
-from loretta_kernels._triton.tt_linear import tt_linear_bwd, tt_linear_fwd
+from loretta_kernels.call import Call
 from loretta_kernels.shape import TTShape
 
 
@@ -47,19 +47,24 @@ def planned(
 
     first, last = shapes[0], shapes[-1]
     x, dy = new(N, first.in_features, dtype=dtype), new(N, last.out_features, dtype=dtype)
-    waist = new(N, first.waist, dtype=torch.float32)
+    adapts, two = operator == "tt_adapter", operator != "tt_linear"
+    call = Call(
+        x,
+        new(first.num_params),
+        None if operator == "tt_lora" else new(first.out_features),
+        new(last.num_params) if two else None,
+        new(last.out_features) if adapts else None,
+        learnt_scale=None,
+        seed=new(1, dtype=torch.int64) if dropout_p else None,
+        residual=dy if operator == "tt_lora" else None,
+        down_shape=first,
+        up_shape=last if two else None,
+        residual_is_x=adapts,
+        activation=activation if adapts else "identity",
+        dropout_p=dropout_p,
+    )
+    needs = tuple(t is not None for t in call.differentiable)
     with planning_for(arch), launch.recorded() as launches:
-        if operator == "tt_linear":
-            train = new(first.num_params), first.spec, new(first.out_features)
-            tt_linear_fwd(x, *train)
-            tt_linear_bwd(dy, x, waist, *train, (True,) * 3)
-            return launches
-        adapts = operator == "tt_adapter"
-        down = new(first.num_params), first.spec, new(first.out_features) if adapts else None
-        up = new(last.num_params), last.spec, new(last.out_features) if adapts else None
-        seed = new(1, dtype=torch.int64) if dropout_p else None
-        act = activation if adapts else "identity"
-        needs = True, True, adapts, True, adapts, False
-        tt_adapter_fwd(x, *down, *up, None, None if adapts else dy, seed, adapts, 1.0, act, dropout_p)
-        tt_adapter_bwd(dy, x, waist, *down, *up, None, seed, adapts, 1.0, act, dropout_p, needs)
+        forward(call)
+        backward(call, new(N, first.waist, dtype=torch.float32), dy, needs)
     return launches

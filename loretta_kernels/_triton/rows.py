@@ -11,7 +11,7 @@ from loretta_kernels._triton._common import cast
 @triton.jit
 def block_rows(block, BLOCK_N: tl.constexpr):
     """The rows of a block, in int64."""
-    return tl.to_tensor(block).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit

@@ -41,6 +41,7 @@ class Side:
         is_input: whether it is L, `[I, K]`, or R, `[K, O]`.
         modes, ranks: those of its cores; one rank more than modes.
         start: where its first core starts in the flat cores.
+        factor: what the product of its cores is multiplied by.
         split: how many cores the first factor has.
         table: where its tables start among those of a program.
         grad: where its gradient starts in the buffer of sums.
@@ -49,6 +50,7 @@ class Side:
     is_input: bool
     modes: tuple[int, ...]
     ranks: tuple[int, ...]
+    factor: float
     start: int
     split: int
     table: int = 0
@@ -243,15 +245,18 @@ class Side:
 def sides(shape: TTShape, table: int = 0, grad: int = 0) -> tuple[Side, Side]:
     """L and R of a train, their tables and gradients one behind the other."""
     cut, start = shape.cut, sum(shape.core_sizes[: shape.cut])
-    left = _side(True, shape.in_modes, shape.bond_ranks[: cut + 1], 0, table, grad)
-    right = _side(False, shape.out_modes, shape.bond_ranks[cut:], start, left.table_end, left.grad_end)
+    in_factor, out_factor = shape.factors
+    left = _side(True, shape.in_modes, shape.bond_ranks[: cut + 1], in_factor, 0, table, grad)
+    right = _side(False, shape.out_modes, shape.bond_ranks[cut:], out_factor, start, left.table_end, left.grad_end)
     return left, right
 
 
-def _side(is_input: bool, modes: tuple[int, ...], ranks: tuple[int, ...], start: int, table: int, grad: int) -> Side:
+def _side(
+    is_input: bool, modes: tuple[int, ...], ranks: tuple[int, ...], factor: float, start: int, table: int, grad: int
+) -> Side:
     """The side with the cheapest cut; one of few features, or of a single core, is not cut."""
-    whole = Side(is_input, modes, ranks, start, 0 if is_input else len(modes), table, grad)
+    whole = Side(is_input, modes, ranks, factor, start, 0 if is_input else len(modes), table, grad)
     if len(modes) == 1 or whole.size <= WHOLE:
         return whole
-    cuts = (Side(is_input, modes, ranks, start, split, table, grad) for split in range(1, len(modes)))
+    cuts = (Side(is_input, modes, ranks, factor, start, split, table, grad) for split in range(1, len(modes)))
     return min(cuts, key=lambda side: side.flops + (side.table_end - side.table) * max(ranks))

@@ -34,19 +34,19 @@ def _store_product(out_ptr, left_ptr, right_ptr, SIZE: tl.constexpr, BOND: tl.co
 
 
 @triton.jit
-def store_partials(scratch_ptr, starts: tl.constexpr, cores_ptr, S: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+def store_partials(scratch_ptr, STARTS: tl.constexpr, cores_ptr, S: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
     """The products of the cores from LO up to each one short of the last."""
     for j in tl.static_range(LO + 1, HI - 1):
         right_ptr = cores_ptr + S.core_starts[j]
         if j == LO + 1:
             left_ptr = cores_ptr + S.core_starts[LO]
             _store_product(
-                scratch_ptr + starts[j], left_ptr, right_ptr, S.product_size(LO, j + 1), S.ranks[j], S.columns[j]
+                scratch_ptr + STARTS[j], left_ptr, right_ptr, S.product_size(LO, j + 1), S.ranks[j], S.columns[j]
             )
         else:
-            left_ptr = scratch_ptr + starts[j - 1]
+            left_ptr = scratch_ptr + STARTS[j - 1]
             _store_product(
-                scratch_ptr + starts[j], left_ptr, right_ptr, S.product_size(LO, j + 1), S.ranks[j], S.columns[j]
+                scratch_ptr + STARTS[j], left_ptr, right_ptr, S.product_size(LO, j + 1), S.ranks[j], S.columns[j]
             )
         tl.debug_barrier()
 
@@ -67,16 +67,16 @@ def _factor_at(e, ok, tables_ptr, cores_ptr, S: tl.constexpr, LO: tl.constexpr, 
 def store_tables(tables_ptr, cores_ptr, S: tl.constexpr):
     """heavy [A, features, KS], zero beyond the waist, and light [features, A]; a barrier must follow."""
     if not S.heavy_is_core:
-        store_partials(tables_ptr, S.partials, cores_ptr, S, S.heavy[0], S.heavy[1])
+        store_partials(tables_ptr, tl.constexpr(S.partials), cores_ptr, S, S.heavy[0], S.heavy[1])
         for start in range(0, S.A * S.heavy_size * S.KS, TABLE_BLOCK):
             t = start + tl.arange(0, TABLE_BLOCK)
             a, i, k = t // (S.KS * S.heavy_size), t // S.KS % S.heavy_size, t % S.KS
             e = (a * S.heavy_size + i) * S.K + k if S.is_input else (k * S.heavy_size + i) * S.A + a
             ok = (a < S.A) & (k < S.K)
-            heavy = _factor_at(e, ok, tables_ptr, cores_ptr, S, S.heavy[0], S.heavy[1])
+            heavy = S.factor * _factor_at(e, ok, tables_ptr, cores_ptr, S, S.heavy[0], S.heavy[1])
             tl.store(tables_ptr + S.heavy_table + t, heavy, mask=a < S.A)
     if S.has_light:
-        store_partials(tables_ptr, S.partials, cores_ptr, S, S.light[0], S.light[1])
+        store_partials(tables_ptr, tl.constexpr(S.partials), cores_ptr, S, S.light[0], S.light[1])
         for start in range(0, S.light_size * S.A, TABLE_BLOCK):
             t = start + tl.arange(0, TABLE_BLOCK)
             j, a = t // S.A, t % S.A
@@ -93,7 +93,7 @@ def _heavy(tables_ptr, cores_ptr, a, i, ok, S: tl.constexpr):
     offs = (a * S.heavy_strides[0] + i * S.heavy_strides[1])[:, None] + (k * S.heavy_strides[2])[None, :]
     if S.heavy_is_core:
         ptrs = cores_ptr + S.core_starts[S.heavy[0]] + offs
-        heavy = tl.load(ptrs, mask=ok[:, None] & (k < S.K)[None, :], other=0.0).to(tl.float32)
+        heavy = S.factor * tl.load(ptrs, mask=ok[:, None] & (k < S.K)[None, :], other=0.0).to(tl.float32)
     else:
         heavy = tl.load(tables_ptr + S.heavy_table + offs, mask=ok[:, None] & (k < S.KS)[None, :], other=0.0)
     return heavy

@@ -20,7 +20,7 @@ from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropou
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
-from loretta_kernels._triton.tt_adapter_forward import hidden, up_waist
+from loretta_kernels._triton.forward_kernel import hidden, up_waist
 
 
 @triton.jit
@@ -47,11 +47,13 @@ def _store_grads(
     """The gradients of the parameters from the sums over rows (dR_u and db_u lack the scale); by one program."""
     if ddown_ptr is not None:
         store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
+        if RD is not None:
+            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
     if ddown_bias_ptr is not None:
         copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
     if dup_ptr is not None:
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
+        if LU is not None:
+            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
         store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
     if dup_bias_ptr is not None:
         copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
@@ -63,7 +65,7 @@ def _store_grads(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _tt_adapter_bwd_kernel(
+def _backward_kernel(
     # pointers
     dy_ptr,
     x_ptr,
@@ -100,6 +102,7 @@ def _tt_adapter_bwd_kernel(
     # blocks and flags
     ACTIVATION: tl.constexpr,
     DROPOUT_P: tl.constexpr,
+    DROPPED: tl.constexpr,
     RESIDUAL_IS_X: tl.constexpr,
     ATOMIC: tl.constexpr,
     PARTS: tl.constexpr,
@@ -116,8 +119,9 @@ def _tt_adapter_bwd_kernel(
     if not ATOMIC:
         grads_ptr += program.to(tl.int64) * GRAD_SIZE
     store_tables(tables_ptr, down_ptr, LD)
-    store_tables(tables_ptr, down_ptr, RD)
-    store_tables(tables_ptr, up_ptr, LU)
+    if RD is not None:
+        store_tables(tables_ptr, down_ptr, RD)
+        store_tables(tables_ptr, up_ptr, LU)
     store_tables(tables_ptr, up_ptr, RU)
     tl.debug_barrier()
     kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
@@ -157,23 +161,26 @@ def _tt_adapter_bwd_kernel(
                 add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
         dz *= total
 
-        ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
-        s_ones = ones_beside(s, RD.K)
-        for b0 in range(0, RD.size, BLOCK_B):
-            b = b0 + tl.arange(0, BLOCK_B)
-            h, down_tile = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
-            up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
-            da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
-            dh = da * dact(h, ACTIVATION)
-            ds = dot(dh, down_tile, ds, PRECISION)
-            if part == 0:
-                if dup_ptr is not None:
-                    a = act(h, ACTIVATION)
-                    dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
-                    add_grad(grads_ptr, b, dtile, LU, ATOMIC)
-                if SUMS_RD:
-                    dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
-                    add_grad(grads_ptr, b, dtile, RD, ATOMIC)
+        if RD is None:
+            ds = dz
+        else:
+            ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
+            s_ones = ones_beside(s, RD.K)
+            for b0 in range(0, RD.size, BLOCK_B):
+                b = b0 + tl.arange(0, BLOCK_B)
+                h, down_tile = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+                up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
+                da = dot(dz, tl.trans(up_tile), tl.full([BLOCK_N, BLOCK_B], 0, tl.float32), PRECISION)
+                dh = da * dact(h, ACTIVATION)
+                ds = dot(dh, down_tile, ds, PRECISION)
+                if part == 0:
+                    if dup_ptr is not None:
+                        a = act(h, ACTIVATION)
+                        dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
+                        add_grad(grads_ptr, b, dtile, LU, ATOMIC)
+                    if SUMS_RD:
+                        dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
+                        add_grad(grads_ptr, b, dtile, RD, ATOMIC)
 
         ds = cast(ds, DTYPE)
         if dx_ptr is not None or ddown_ptr is not None:
@@ -182,7 +189,7 @@ def _tt_adapter_bwd_kernel(
                 if RESIDUAL_IS_X and dx_ptr is not None:
                     base = load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size)
                 if DROPOUT_P > 0:
-                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_N, BLOCK_C)
                 if ddown_ptr is not None:
                     x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
                     if DROPOUT_P > 0:
@@ -208,7 +215,7 @@ def _tt_adapter_bwd_kernel(
 
 
 @triton.jit
-def _tt_adapter_sum_kernel(
+def _sum_kernel(
     # pointers
     down_ptr,
     up_ptr,

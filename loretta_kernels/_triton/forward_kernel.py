@@ -2,6 +2,8 @@
 
 s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y = residual + scale · (z · R_u + b_u)
 
+Of one train alone (R_d and L_u None) z is s, and R_u, b_u are its own.
+
 Reads x, twice where it is the residual (the second time from L2), and writes y and the waist s [N, K].
 """
 
@@ -41,16 +43,19 @@ def up_waist(
     BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z = act(s · R_d + b_d) · L_u."""
-    z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
-    for b0 in range(0, RD.size, BLOCK_B):
-        h, _ = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
-        z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
+    """z = act(s · R_d + b_d) · L_u; s of one train alone."""
+    if RD is None:
+        z = s
+    else:
+        z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
+        for b0 in range(0, RD.size, BLOCK_B):
+            h, _ = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
+            z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
     return z
 
 
 @triton.jit(do_not_specialize=["N"])
-def _tt_adapter_fwd_kernel(
+def _forward_kernel(
     # pointers
     x_ptr,
     residual_ptr,
@@ -77,6 +82,7 @@ def _tt_adapter_fwd_kernel(
     # blocks and flags
     ACTIVATION: tl.constexpr,
     DROPOUT_P: tl.constexpr,
+    DROPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -88,8 +94,9 @@ def _tt_adapter_fwd_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
     store_tables(tables_ptr, down_ptr, LD)
-    store_tables(tables_ptr, down_ptr, RD)
-    store_tables(tables_ptr, up_ptr, LU)
+    if RD is not None:
+        store_tables(tables_ptr, down_ptr, RD)
+        store_tables(tables_ptr, up_ptr, LU)
     store_tables(tables_ptr, up_ptr, RU)
     tl.debug_barrier()
     kept = keep_heavy(tables_ptr, down_ptr, LD, BLOCK_C)
@@ -103,7 +110,8 @@ def _tt_adapter_fwd_kernel(
             c = c0 + tl.arange(0, BLOCK_C)
             x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
             if DROPOUT_P > 0:
-                x = x.to(tl.float32) * dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, BLOCK_N, BLOCK_C)
+                factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_N, BLOCK_C)
+                x = x.to(tl.float32) * factor
             tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
             s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)
         if part == 0:

@@ -1,0 +1,141 @@
+"""The two sides of a tensor train, and the way back from their gradients to those of the cores.
+
+W = L · R,   L [I, K] the product of the input cores,   R [K, O] that of the output cores, each times its gain
+
+What is computed from parameters alone is kept as long as they live, and used while they are the same: backward needs it
+again, and so does every forward until the next step of an optimiser.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from loretta_kernels.shape import TTShape
+
+_latest = WeakTensorKeyDictionary()
+_promises = threading.local()
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Promise that no core, bias or scale is changed inside, on this thread.
+
+    PyTorch's path then contracts each train once, on any device. Outside, on a CPU, it compares parameters with those of
+    its latest contraction, number by number (version counters do not see every write: `.data`, NumPy, custom
+    optimisers), and elsewhere it contracts at every call. The Triton kernels contract inside their launch.
+
+    Example:
+        >>> with torch.no_grad(), frozen():
+        ...     for batch in batches:
+        ...         model(batch)
+    """
+    before = getattr(_promises, "frozen", False)
+    _promises.frozen = True
+    try:
+        yield
+    finally:
+        _promises.frozen = before
+
+
+class Snapshot:
+    """What a parameter was, to tell whether it still is that."""
+
+    def __init__(self, value: Any) -> None:
+        self.identity = _identity(value)
+        self.value = value.detach().clone() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+    def is_of(self, value: Any) -> bool:
+        """Whether the value is the same as then; where that cannot be told without waiting for a GPU, it is not."""
+        if not isinstance(value, Tensor) or not isinstance(self.value, Tensor):
+            return value is self.value or (isinstance(value, float) and value == self.value)
+        if getattr(_promises, "frozen", False):
+            return self.identity is not None and self.identity == _identity(value)
+        return value.device.type == "cpu" and value.dtype is self.value.dtype and torch.equal(value, self.value)
+
+
+def _identity(value: Any) -> tuple[Any, ...] | None:
+    """Where a tensor's values are, and how often they were written there; inference tensors are not counted."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return None
+    return value.data_ptr(), value._version, value.dtype, value.device, value.numel()
+
+
+def contract(cores: Tensor, shape: TTShape, dtype: torch.dtype) -> Contraction:
+    """The train of `cores [num_params]` and `shape`, contracted in `dtype`: its latest contraction where it is the same."""
+    found = _latest.get(cores)
+    if found is None or found.shape != shape or found.R.dtype is not dtype or not found.cores.is_of(cores):
+        found = _latest[cores] = Contraction(cores, shape, dtype)
+    return found
+
+
+class Contraction:
+    """L, stored as its transpose `Lt`, and R of a train."""
+
+    def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype) -> None:
+        self.shape, self.cores = shape, Snapshot(cores)
+        self._derived: dict[str, tuple[list[Snapshot], Any]] = {}
+        values = cores.detach().to(dtype, copy=True).contiguous()
+        start, matrices = 0, []
+        for r, n, r_next in shape.core_shapes:
+            # One call where split and view would be two: with few rows the calls are what costs.
+            matrices.append(values.as_strided((r, n * r_next), (n * r_next, 1), start))
+            start += r * n * r_next
+        cut, K = shape.cut, shape.waist
+        self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
+        self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
+        self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
+        L = _product(self._in_matrices, self._in_partials).view(shape.in_features, K)
+        R = _product(self._out_matrices, self._out_partials).view(K, shape.out_features)
+        self.Lt, self.R = _times(shape.factors[0], L.t().contiguous()), _times(shape.factors[1], R)
+        self.L = self.Lt.t()
+
+    def derived(self, name: str, inputs: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """What `make` computes from this contraction and the inputs; its latest result where they are the same."""
+        known = self._derived.get(name)
+        if known is None or not all(old.is_of(new) for old, new in zip(known[0], inputs, strict=True)):
+            known = self._derived[name] = [Snapshot(value) for value in inputs], make()
+        return known[1]
+
+    def dcores(self, dLt: Tensor, dR: Tensor) -> Tensor:
+        """The gradient of the flat cores."""
+        in_factor, out_factor = self.shape.factors
+        return torch.cat(
+            _core_grads(self._in_matrices, self._in_partials, _times(in_factor, dLt).t())
+            + _core_grads(self._out_matrices, self._out_partials, _times(out_factor, dR))
+        )
+
+
+def _partials(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """The products `[r(0)·n(1)···n(j), r(j)]` of a side's first j cores, for every j short of them all."""
+    partials: list[Tensor] = []
+    for matrix, rank in zip(matrices, ranks, strict=False):
+        partials.append(_product([matrix], partials).view(-1, rank))
+    return partials
+
+
+def _product(matrices: Sequence[Tensor], partials: Sequence[Tensor]) -> Tensor:
+    """The last partial product times the last core."""
+    return partials[-1].mm(matrices[-1]) if partials else matrices[-1]
+
+
+def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tensor) -> list[Tensor]:
+    """The flat gradients of a side's cores, from that of its product."""
+    grads = []
+    for matrix, partial in zip(matrices[:0:-1], partials[::-1], strict=True):
+        d = d.reshape(-1, matrix.shape[1])
+        grads.append(partial.t().mm(d).view(-1))
+        d = d.mm(matrix.t())
+    grads.append(d.reshape(-1))
+    return grads[::-1]
+
+
+def _times(factor: float, t: Tensor) -> Tensor:
+    """factor · t."""
+    return t if factor == 1.0 else t * factor

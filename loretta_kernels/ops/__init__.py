@@ -1,1 +1,0 @@
-"""The operators' contracts: arguments, registration with torch, gradients."""
