@@ -86,12 +86,8 @@ class LorettaAdpLinear(LorettaLayer):
         if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
             return tt_adapter(
                 x,
-                down.cores,
-                down.shape,
-                down.bias,
-                up.cores,
-                up.shape,
-                up.bias,
+                down.tt,
+                up.tt,
                 activation=self.activation[name],
                 scale=scale,
                 residual=residual,

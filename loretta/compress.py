@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loretta_kernels import TTShape, tt_matrix
+from loretta_kernels import TT, TTShape, tt_matrix
+from loretta_kernels.svd import flat, tt_svd
 
 from .config import LorettaRepConfig
-from .convert.trains import flat, tt_svd
 
 PREFIX = "base_model.model."
 CARRIED = {
@@ -115,7 +115,7 @@ def compress_lora(folder: str | os.PathLike[str], tensor_rank: int, out: str | o
         for factor, (cores, shape) in zip("AB", trains, strict=True):
             tensors[f"{PREFIX}{name}.loretta_rep_{factor}.cores"] = cores
             shapes[f"{shape.in_features}x{shape.out_features}"] = shape
-        error = relative_error((a.T, b.T), tuple(tt_matrix(cores.double(), shape) for cores, shape in trains))
+        error = relative_error((a.T, b.T), tuple(tt_matrix(TT(cores.double(), shape)) for cores, shape in trains))
         after = sum(len(cores) for cores, _ in trains)
         layers.append(CompressedLayer(name, error, a.numel() + b.numel(), after))
 

@@ -89,11 +89,9 @@ class LorettaRepLinear(LorettaLayer):
             scale = self.scaling[name]
             columns = self._enabled_columns(name, x.device)
             if columns is None:
-                result = tt_lora(
-                    x, a.cores, a.shape, b.cores, b.shape, scale=scale, residual=result, dropout_p=dropout_p
-                )
+                result = tt_lora(x, a.tt, b.tt, scale=scale, residual=result, dropout_p=dropout_p)
             else:
-                delta = tt_lora(x, a.cores, a.shape, b.cores, b.shape, scale=scale, dropout_p=dropout_p)
+                delta = tt_lora(x, a.tt, b.tt, scale=scale, dropout_p=dropout_p)
                 result = result.index_add(-1, columns, delta.to(result.dtype))
         return result
 

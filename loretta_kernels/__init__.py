@@ -3,6 +3,7 @@
 from loretta_kernels import reference
 from loretta_kernels._dispatch import backend
 from loretta_kernels._torch.contraction import frozen
+from loretta_kernels.explain import explain
 from loretta_kernels.functions import tt_adapter, tt_linear, tt_lora, tt_matrix
 from loretta_kernels.shape import TTShape
 from loretta_kernels.train import TT
@@ -14,6 +15,7 @@ __all__ = [
     "TT",
     "TTShape",
     "backend",
+    "explain",
     "frozen",
     "reference",
     "tt_adapter",

@@ -36,8 +36,8 @@ def backend(name: str) -> Iterator[None]:
     """Serve the calls made inside, on this thread, with one backend; their backward follows them.
 
     Code compiled by `torch.compile` or exported holds no backend: whoever runs it chooses. So the backward of compiled
-    code, and what a checkpoint computes again on one of autograd's own threads (on CUDA), see the choice of that thread:
-    to force a backend for a whole training run, set `LORETTA_BACKEND`.
+    code, and what a checkpoint computes again on one of autograd's own threads (on CUDA), see the choice of that
+    thread: to force a backend for a whole training run, set `LORETTA_BACKEND`.
 
     Args:
         name: "auto", "torch" or "triton". Auto is the Triton kernels for tensors on a GPU (CUDA or ROCm), and PyTorch

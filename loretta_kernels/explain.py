@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loretta_kernels._dispatch import why_no_triton
 from loretta_kernels.shape import TTShape
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def explain(
     shape: TTShape, up_shape: TTShape | None = None, *, lora: bool | None = None, dtype: torch.dtype = torch.bfloat16,
     rows: int = 8192, arch: str = "sm_90", registers: bool = False,
 ) -> None:  # fmt: skip
-    """Print how the kernels serve a shape: how each side is made, the two launches, their bytes and operations.
+    """Print what serves a shape here, and how the kernels do: each side, the two launches, their bytes and operations.
 
     Args:
         shape: the train of `tt_linear`, or the first train of `tt_adapter` or `tt_lora`.
@@ -41,6 +42,8 @@ def explain(
         )
     if lora is None:
         lora = up_shape is not None and up_shape.out_features != shape.in_features
+    reason = why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
+    print("served here by " + ("the Triton kernels" if reason is None else f"PyTorch: {reason}"))
     print("\n".join(_lines(shape, up_shape, lora, dtype, rows, arch)))
     if registers:
         print("\n".join(_usage(shape, up_shape, lora, dtype, rows, arch)))
@@ -50,10 +53,10 @@ def _lines(
     shape: TTShape, up_shape: TTShape | None, lora: bool, dtype: torch.dtype, N: int, arch: str
 ) -> Iterator[str]:
     """The lines of the explanation."""
-    from loretta_kernels._triton.plan import adapter_plan, linear_plan
+    from loretta_kernels._triton.plan import plan_of
 
     size = dtype.itemsize
-    plan = adapter_plan(shape, up_shape, size, arch) if up_shape else linear_plan(shape, size, arch)
+    plan = plan_of(shape, up_shape, size, arch)
     name = "y = x · W + b"
     if up_shape:
         name = "y = residual + x · A · B" if lora else "y = x + act(x · W_down + b_down) · W_up + b_up"

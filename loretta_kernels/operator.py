@@ -1,8 +1,8 @@
 """The one operator: its registration with torch, its gradient, and which of its forms serves a call.
 
 A call on plain tensors runs the backend at once; torch's dispatcher takes it where something else must see it (a
-compiler, a dispatch mode, tensors of meta or of another class). Where a function transform, forward-mode differentiation
-or a tracer is at work, the definition is computed, in torch's own operators.
+compiler, a dispatch mode, tensors of meta or of another class). Where a function transform, forward-mode
+differentiation or a tracer is at work, the definition is computed, in torch's own operators.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ _library = torch.library.Library("loretta", "DEF")
 
 def _called(args: Sequence[Any]) -> Call:
     """The call that an operator's arguments stand for."""
-    *tensors, down_spec, up_spec, residual_is_x, scale, activation, dropout_p = args
+    tensors, (down_spec, up_spec), options = args[:8], args[8:10], args[10:]
     up_shape = TTShape.from_spec(tuple(up_spec)) if up_spec else None
-    shapes = TTShape.from_spec(tuple(down_spec)), up_shape
-    return Call(*tensors, *shapes, residual_is_x, scale, activation, dropout_p)
+    return Call._make((*tensors, TTShape.from_spec(tuple(down_spec)), up_shape, *options))
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
@@ -51,8 +50,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(waist: Tensor, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As the backend's, with an empty tensor in place of None: a schema's results are tensors."""
-    *args, needs = args
-    grads = _dispatch.backward(_called(args), waist, dy, tuple(needs))
+    grads = _dispatch.backward(_called(args[:-1]), waist, dy, tuple(args[-1]))
     return tuple(waist.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -64,10 +62,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(waist: Tensor, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *args, needs = args
     return tuple(
         t.new_empty(t.shape) if t is not None and need else waist.new_empty(0)
-        for t, need in zip(_called(args).differentiable, needs, strict=True)
+        for t, need in zip(_called(args[:-1]).differentiable, args[-1], strict=True)
     )
 
 
@@ -85,6 +82,14 @@ for _name, _run, _fake in (
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loretta::{_name}", _fake, lib=_library)
+
+
+@torch._decomp.register_decomposition(torch.ops.loretta.adapter_forward.default)
+def _decomposed(*args: Any) -> tuple[Tensor, Tensor]:
+    """The forward in torch's own operators, for exporters that know no others, such as ONNX's."""
+    call = _called(args)
+    x = call.x.to(call.sum_dtype).reshape(-1, call.x.shape[-1])
+    return definition(call), x @ reference.tt_sides(call.down.to(x.dtype), call.down_shape)[0]
 
 
 def apply(call: Call) -> Tensor:
@@ -119,7 +124,7 @@ def definition(call: Call) -> Tensor:
 class _Adapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        call = Call(*args)
+        call = Call._make(args)
         plain = not torch.compiler.is_compiling() and _is_plain(call.tensors)
         y, waist = _dispatch.forward(call) if plain else torch.ops.loretta.adapter_forward.default(*_arguments(call))
         ctx.save_for_backward(waist, *call.tensors[:7])
@@ -130,7 +135,7 @@ class _Adapter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         waist, *tensors = ctx.saved_tensors
-        call = Call(*tensors, None, *ctx.constants)
+        call = Call._make((*tensors, None, *ctx.constants))
         needs = ctx.needs_input_grad[:6]
         grads: Sequence[Tensor | None] = (None,) * 6
         if any(needs):

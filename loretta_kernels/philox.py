@@ -1,8 +1,8 @@
 """Dropout masks by Philox4x32-7: one seed, one mask, on every device and in every backend.
 
 The element (row, column) of x is decided by 16 bits of the counter (row, row >> 32, column // 8, 0) under the key
-`seed`: half `column % 2` of word `column % 8 // 2`. So a block of rows or columns can be drawn alone, and backward draws
-again what forward drew. Seven rounds are the fewest that pass BigCrush.
+`seed`: half `column % 2` of word `column % 8 // 2`. So a block of rows or columns can be drawn alone, and backward
+draws again what forward drew. Seven rounds are the fewest that pass BigCrush.
 
 Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3 (SC 2011), table 2.
 """
@@ -71,4 +71,4 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
         c1, c3, p1, p0 = p1, p0, c1, c3
         k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD
     pairs = torch.stack([c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)], -1)
-    return pairs.view(torch.int16).view(rows, -1)[:, :columns]
+    return pairs.view(torch.int16).view(rows, COLUMNS * quad.shape[1])[:, :columns]

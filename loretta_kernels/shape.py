@@ -9,7 +9,7 @@ from math import prod
 from operator import index
 
 MAX_MODE = 16
-# Of any bond, unless the matrix has a larger side: no train needs more, and typos are caught before they exhaust memory.
+# Of any bond, unless the matrix has a larger side: no train needs more; catches typos before they exhaust memory.
 MAX_RANK = 64
 MAX_GAIN = 64  # in absolute value: 2 ** 64 is far from fp32's largest number
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from loretta_kernels import TTShape
+from loretta_kernels.svd import flat
 
 from ..config import LorettaAdpConfig, LorettaRepConfig, _LorettaConfig
 from ..layer import train_shape
 from ..norms import is_feature_norm
 from ..targets import FAMILIES
-from .trains import flat, normal_form
+from .trains import normal_form
 from .upstream_files import PREFIX, UpstreamAdapter, read_upstream
 
 AUTO_MODELS = {

@@ -90,6 +90,8 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
             dtotal = dtotal + dR[-1] @ parameters.bias.to(dR.dtype)
         dscale = (call.scale * dtotal).to(call.learnt_scale.dtype).reshape(call.learnt_scale.shape)
     dU, M = dU_unscaled * parameters.scale, parameters.M[:, :K]
+    dR_down: Tensor | None
+    dL_up: Tensor | None = None
     if h is not None:
         da = dz @ M.t()
         dh = ACTIVATIONS[call.activation][1](da, h, a)
@@ -97,7 +99,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         if needs_ddown_bias and call.down_bias is not None:
             ddown_bias = dh.sum(0).to(call.down_bias.dtype)
     elif one_train:
-        ds, dR_down, dL_up = dz @ M.t(), dR, None
+        ds, dR_down = dz @ M.t(), dR
     else:
         ds, dR_down, dL_up = dz @ M.t(), dU @ last.L.t(), down.R.t() @ dU
     if needs_dup and call.up is not None and dL_up is not None and dR is not None:
@@ -127,7 +129,7 @@ def _parameters(call: Call) -> _Parameters:
         U = last.L if _has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
     biased = bias is not None
     M, ones = last.derived("M", (U, scale, biased), lambda: _scaled(U, scale, biased))
-    R = last.R if bias is None else last.derived("R", (bias, scale), lambda: _with_row(last.R, bias * scale))
+    R = last.R if bias is None else last.derived("R", (bias, scale), lambda: _with_row(last.R, bias.to(dtype) * scale))
     return _Parameters(down, last, bias, scale, U, M, ones, R)
 
 
@@ -157,7 +159,7 @@ def _scaled(U: Tensor, scale: float | Tensor, with_ones: bool) -> tuple[Tensor, 
 
 def _with_row(R: Tensor, row: Tensor) -> Tensor:
     """R and one more row."""
-    return torch.cat([R, row.to(R.dtype)[None]])
+    return torch.cat([R, row[None]])
 
 
 def _dropout(call: Call) -> Dropout | None:

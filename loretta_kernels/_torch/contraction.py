@@ -27,8 +27,8 @@ _promises = threading.local()
 def frozen() -> Iterator[None]:
     """Promise that no core, bias or scale is changed inside, on this thread.
 
-    PyTorch's path then contracts each train once, on any device. Outside, on a CPU, it compares parameters with those of
-    its latest contraction, number by number (version counters do not see every write: `.data`, NumPy, custom
+    PyTorch's path then contracts each train once, on any device. Outside, on a CPU, it compares parameters with those
+    of its latest contraction, number by number (version counters do not see every write: `.data`, NumPy, custom
     optimisers), and elsewhere it contracts at every call. The Triton kernels contract inside their launch.
 
     Example:
@@ -68,7 +68,7 @@ def _identity(value: Any) -> tuple[Any, ...] | None:
 
 
 def contract(cores: Tensor, shape: TTShape, dtype: torch.dtype) -> Contraction:
-    """The train of `cores [num_params]` and `shape`, contracted in `dtype`: its latest contraction where it is the same."""
+    """The train of `cores [num_params]` and `shape`, contracted in `dtype`: the latest contraction where it is that."""
     found = _latest.get(cores)
     if found is None or found.shape != shape or found.R.dtype is not dtype or not found.cores.is_of(cores):
         found = _latest[cores] = Contraction(cores, shape, dtype)

@@ -50,7 +50,7 @@ def row_blocks(x: Tensor, dtype: torch.dtype, dropout: Dropout | None = None) ->
     for rows in _split(x, block_rows(x, dtype, dropout)):
         block, factor = rows if rows.dtype is dtype else rows.to(dtype), None
         if dropout is not None:
-            factor = dropout_factor(dropout.seed, first_row, *block.shape, dropout.p, dtype)
+            factor = dropout_factor(dropout.seed, first_row, len(block), block.shape[1], dropout.p, dtype)
             block = block * factor
             first_row += len(block)
         yield block, factor
@@ -137,4 +137,3 @@ def _split(x: Tensor, step: int, dim: int = 0) -> tuple[Tensor, ...]:
 def _blocks_of(x: Tensor | None, step: int, dim: int = 0) -> Iterator[Tensor | None]:
     """The blocks of x, or Nones for ever."""
     return repeat(None) if x is None else iter(_split(x, step, dim))
-

@@ -58,7 +58,7 @@ def act(h, ACTIVATION: tl.constexpr):
 def dact(h, ACTIVATION: tl.constexpr):
     """act'(h)."""
     if ACTIVATION == "relu":
-        return tl.where(h > 0, 1.0, 0.0)
+        return tl.where(h <= 0, 0.0, 1.0)  # 1 for NaN, as in PyTorch
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
         return cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)

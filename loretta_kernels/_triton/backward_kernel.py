@@ -18,9 +18,9 @@ import triton.language as tl
 
 from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
+from loretta_kernels._triton.forward_kernel import hidden, up_waist
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
-from loretta_kernels._triton.forward_kernel import hidden, up_waist
 
 
 @triton.jit

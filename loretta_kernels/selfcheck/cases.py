@@ -1,21 +1,17 @@
-"""An operator at one shape, and random arguments for it."""
+"""An operator at one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor
 
-import loretta_kernels
-from loretta_kernels import reference
+from loretta_kernels.selfcheck.judge import Row, judged
+from loretta_kernels.selfcheck.problem import Problem, exact_problem, random_problem
 from loretta_kernels.shape import TTShape
 
-Arguments = dict[str, Any]
-KINK = 1e-4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,9 @@ class Case:
         """Features of y."""
         return self.shapes[-1].out_features
 
-    def function(self) -> Callable[..., Tensor]:
-        """The public operator."""
-        return getattr(loretta_kernels, self.operator)
-
-    def definition(self) -> Callable[..., Tensor]:
-        """Its definition."""
-        return getattr(reference, self.operator)
+    def problem(self, N: int, dtype: torch.dtype, **options: object) -> Problem:
+        """Random numbers for it; `options` as of `random_problem`."""
+        return random_problem(self.operator, self.shapes, N, dtype, activation=self.activation, **options)  # type: ignore[arg-type]
 
     def compulsory_bytes(self, N: int, itemsize: int) -> tuple[int, int]:
         """What must move: forward reads x and a residual that is not x, writes y; backward reads dy, x, writes dx."""
@@ -74,40 +66,14 @@ def linear_case(size: int, rank: int) -> Case:
     return Case(f"cls {size} {rank}", "tt_linear", (TTShape.for_matrix(size, size, rank),))
 
 
-def random_arguments(
-    case: Case, N: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> tuple[Arguments, Tensor]:
-    """Every argument of the operator, and dy: rows in `dtype`, parameters in fp32; a residual "x" means x itself."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    def cores(shape: TTShape) -> Tensor:
-        """Cores whose matrix maps unit-sized features to unit-sized features."""
-        paths = prod(shape.ranks) * shape.in_features
-        return normal(shape.num_params) * paths ** (-0.5 / len(shape.modes))
-
-    first, last = case.shapes[0], case.shapes[-1]
-    arguments: Arguments = {"x": normal(N, first.in_features).to(dtype)}
-    if case.operator == "tt_linear":
-        arguments |= {"cores": cores(first), "shape": first, "bias": normal(last.out_features)}
-    elif case.operator == "tt_lora":
-        residual = normal(N, last.out_features).to(dtype)
-        arguments |= {"a": cores(first), "a_shape": first, "b": cores(last), "b_shape": last}
-        arguments |= {"residual": residual, "scale": torch.tensor(0.7)}
-    else:
-        arguments |= {"down": cores(first), "down_shape": first, "down_bias": normal(first.out_features)}
-        arguments |= {"up": cores(last), "up_shape": last, "up_bias": normal(last.out_features)}
-        arguments |= {"residual": "x", "activation": case.activation, "scale": torch.tensor(0.7)}
-        if case.activation == "relu":
-            _avoid_kink(arguments)
-    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    return on_device, normal(N, last.out_features).to(device, dtype)
-
-
-def _avoid_kink(arguments: Arguments) -> None:
-    """Zero the rows of x that lead relu so near to 0 that a rounding could decide its derivative."""
-    x, down, bias = (arguments[name].double() for name in ("x", "down", "down_bias"))
-    h = reference.tt_linear(x, down, arguments["down_shape"], bias)
-    arguments["x"][(h.abs() < KINK).any(dim=1)] = 0
+def check_cases(
+    cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device | str, backend: str
+) -> Iterator[Row]:
+    """Every answer of every case in every dtype: of random numbers, and of whole ones, which must come out exact."""
+    dtypes = tuple(dtypes)
+    for case in cases:
+        for dtype in dtypes:
+            yield from judged(case.problem(N, dtype).to(device), case.name, backend)
+            if case.activation in ("relu", "identity"):
+                exact = exact_problem(case.operator, case.shapes, N, dtype, activation=case.activation)
+                yield from judged(exact.to(device), f"{case.name} exact", backend)

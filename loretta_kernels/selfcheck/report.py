@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from loretta_kernels.selfcheck.errors import Row
+from loretta_kernels.selfcheck.judge import Row
 from loretta_kernels.selfcheck.timing import Timing
 
 
@@ -39,5 +39,7 @@ def report(rows: Sequence[Row], timings: Sequence[Timing] = (), every: bool = Fa
 
 
 def _nearness(row: Row) -> float:
-    """How near to the bar an error is; not a number is beyond every other."""
-    return row.error / row.bar if row.error == row.error else float("inf")
+    """How near to the bar an error is; not a number, and any error where none is allowed, are beyond every other."""
+    if row.missed and (row.error != row.error or not row.bar):
+        return float("inf")
+    return row.error / row.bar if row.bar else 0.0

@@ -8,9 +8,8 @@ from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor
 
-from loretta_kernels.selfcheck.cases import Case, random_arguments
+from loretta_kernels.selfcheck.cases import Case
 
 ROUNDS = 50
 FLUSH_BYTES = 2**28
@@ -38,15 +37,12 @@ class Timing:
 
 def time_against_copy(case: Case, N: int, dtype: torch.dtype, device: torch.device) -> tuple[Timing, Timing]:
     """Forward and backward of one case, all gradients but that of a residual that is not x (it is dy itself)."""
-    arguments, dy = random_arguments(case, N, dtype, device)
-    leaves = [t.requires_grad_() for name, t in arguments.items() if isinstance(t, Tensor) and name != "residual"]
-    if arguments.get("residual") == "x":
-        arguments["residual"] = arguments["x"]
-    function = case.function()
-    y = function(**arguments)
+    problem = case.problem(N, dtype).to(device)
+    leaves = [t.requires_grad_() for name, t in problem.tensors.items() if name != "residual"]
+    y = problem.run()
     calls: dict[str, Callable[[], object]] = {
-        "forward": lambda: function(**arguments),
-        "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        "forward": problem.run,
+        "backward": lambda: torch.autograd.grad(y, leaves, problem.dy, retain_graph=True),
     }
     for direction, size in zip(tuple(calls), case.compulsory_bytes(N, dtype.itemsize), strict=True):
         source = torch.empty(size // 2, dtype=torch.uint8, device=device)  # read once and written once

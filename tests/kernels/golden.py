@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loretta_kernels import TTShape
-
-from .problems import error
+from loretta_kernels import TT, TTShape
+from loretta_kernels.selfcheck import error
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 TRAINS = ("tt", "down", "up", "A", "B")
@@ -52,24 +51,14 @@ def flat(tensors: dict[str, Tensor], name: str, suffix: str = "") -> Tensor:
 
 def run(functions, meta: dict, shapes: dict[str, TTShape], inputs: dict[str, Tensor]) -> Tensor:
     """y of a file's formula."""
-    x = inputs["x"]
+    x, trains = inputs["x"], [TT(inputs[name], shapes[name], inputs.get(f"{name}.bias")) for name in shapes]
     if meta["kind"] == "tt_linear":
-        return functions.tt_linear(x, inputs["tt"], shapes["tt"], inputs["tt.bias"])
+        return functions.tt_linear(x, *trains)
     if meta["kind"] == "adapter":
-        return functions.tt_adapter(
-            x,
-            inputs["down"],
-            shapes["down"],
-            inputs["down.bias"],
-            inputs["up"],
-            shapes["up"],
-            inputs["up.bias"],
-            activation=ACTIVATIONS.get(meta["act"], meta["act"]),
-            scale=meta["scaling"],
-            residual=x,
-        )
+        activation = ACTIVATIONS.get(meta["act"], meta["act"])
+        return functions.tt_adapter(x, *trains, activation=activation, scale=meta["scaling"], residual=x)
     assert meta["kind"] == "rep"
-    return functions.tt_lora(x, inputs["A"], shapes["A"], inputs["B"], shapes["B"], scale=meta["alpha"] / meta["r"])
+    return functions.tt_lora(x, *trains, scale=meta["alpha"] / meta["r"])
 
 
 def errors(functions, path: Path, dtype: torch.dtype) -> dict[str, float]:

@@ -2,73 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from loretta_kernels import TTShape, tt_adapter, tt_linear, tt_lora
+import loretta_kernels
+from loretta_kernels import tt_adapter
+from loretta_kernels.selfcheck import random_problem
 
-from .problems import TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
+from .problems import assert_equal, square, tiny_problem
 
-pytestmark = pytest.mark.usefixtures("cpu_path")
+SHAPES = square(96, 8, 3)
+CASES = {
+    "tt_linear": random_problem("tt_linear", SHAPES[:1], 30, torch.float32),
+    "tt_adapter": random_problem("tt_adapter", SHAPES, 30, torch.float32, residual="none"),
+    "tt_adapter-x-is-its-residual": random_problem("tt_adapter", SHAPES, 30, torch.float32),
+    "tt_lora": random_problem("tt_lora", SHAPES, 30, torch.float32, residual="none"),
+}
+every_case = pytest.mark.parametrize("problem", CASES.values(), ids=CASES)
 
-DOWN, UP = TTShape.for_matrix(96, 8, 3), TTShape.for_matrix(8, 96, 3)
-CASES = [
-    pytest.param(tt_linear, linear_problem(DOWN, (30,), torch.float32), id="tt_linear"),
-    pytest.param(tt_adapter, adapter_problem(DOWN, UP, (30,), torch.float32, residual="none"), id="tt_adapter"),
-    pytest.param(tt_adapter, adapter_problem(DOWN, UP, (30,), torch.float32), id="tt_adapter-x-is-its-residual"),
-    pytest.param(tt_lora, lora_problem(DOWN, UP, (30,), torch.float32, residual="none"), id="tt_lora"),
-]
 
+class Autocast:
+    """The functions with autocast on around their forward."""
 
-def under_autocast(function, dtype):
-    """The function with autocast on around its forward."""
+    def __init__(self, dtype, functions=loretta_kernels):
+        self.dtype, self.functions = dtype, functions
 
-    def autocast(**arguments):
-        with torch.autocast("cpu", dtype=dtype):
-            return function(**arguments)
+    def __getattr__(self, name):
+        def under_autocast(*args, **kwargs):
+            with torch.autocast("cpu", dtype=self.dtype):
+                return getattr(self.functions, name)(*args, **kwargs)
 
-    return autocast
+        return under_autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("function", "problem"), CASES)
-def test_is_the_call_with_x_cast_beforehand_bit_for_bit(function, problem, dtype):
-    def cast_beforehand(x, **arguments):
-        cast = x.to(dtype)
-        if arguments.get("residual") is x:
-            arguments["residual"] = cast
-        return function(x=cast, **arguments)
-
-    ours, expected = solve(under_autocast(function, dtype), problem), solve(cast_beforehand, problem)
-    assert_equal(ours, expected, 0)
+@every_case
+def test_is_the_call_with_x_cast_beforehand_bit_for_bit(problem, dtype):
+    ours, expected = problem.solve(Autocast(dtype)), replace(problem, x=problem.x.to(dtype)).solve()
+    assert torch.equal(ours["y"], expected["y"])
     assert ours["y"].dtype is dtype
+    assert_equal(ours, expected, 0)
     assert {answer.dtype for name, answer in ours.items() if name != "y"} == {torch.float32}
 
 
-@pytest.mark.parametrize(("function", "problem"), CASES)
-def test_backward_inside_autocast_is_backward_outside(function, problem):
+@every_case
+def test_backward_inside_autocast_is_backward_outside(problem):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = solve(function, problem)
-    assert_equal(inside, solve(under_autocast(function, torch.bfloat16), problem), 0)
+        inside = problem.solve()
+    assert_equal(inside, problem.solve(Autocast(torch.bfloat16)), 0)
 
 
 def test_a_residual_that_is_not_x_keeps_its_precision():
-    problem = lora_problem(TINY_DOWN, TINY_UP, (30,), torch.float32)
-    problem.tensors["b"] = torch.zeros_like(problem.tensors["b"])
-    y = solve(under_autocast(tt_lora, torch.bfloat16), problem)["y"]
-    assert torch.equal(y, problem.tensors["residual"])
+    problem = tiny_problem("tt_lora", (30,), torch.float32)
+    problem = problem.with_tensors({"up": torch.zeros_like(problem.up.cores)})
+    assert torch.equal(problem.solve(Autocast(torch.bfloat16))["y"], problem.residual)
 
 
 def test_leaves_fp64_alone_as_torch_does():
-    problem = linear_problem(TINY_DOWN, (5,), torch.float64)
-    assert_equal(solve(under_autocast(tt_linear, torch.bfloat16), problem), solve(tt_linear, problem), 0)
+    problem = tiny_problem("tt_linear")
+    assert_equal(problem.solve(Autocast(torch.bfloat16)), problem.solve(), 0)
 
 
 def test_compiles_whole_under_autocast():
-    problem = adapter_problem(DOWN, UP, (6,), torch.float32)
-    compiled = torch.compile(tt_adapter, fullgraph=True, backend="aot_eager")
-    assert_equal(
-        solve(under_autocast(compiled, torch.bfloat16), problem),
-        solve(under_autocast(tt_adapter, torch.bfloat16), problem),
-        0,
-    )
+    problem = CASES["tt_adapter-x-is-its-residual"]
+
+    class Compiled:
+        tt_adapter = staticmethod(torch.compile(tt_adapter, fullgraph=True, backend="aot_eager"))
+
+    assert_equal(problem.solve(Autocast(torch.bfloat16, Compiled)), problem.solve(Autocast(torch.bfloat16)), 0)

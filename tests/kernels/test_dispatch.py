@@ -10,152 +10,107 @@ import threading
 import pytest
 import torch
 
-from loretta_kernels import _dispatch, _torch, backend, tt_adapter, tt_linear, tt_lora
+from loretta_kernels import _dispatch, backend, tt_linear
+from loretta_kernels.selfcheck import random_problem
 
-from .problems import CALL, TINY_DOWN, TINY_UP, adapter_problem, assert_equal, linear_problem, lora_problem, solve
+from .problems import CALL, OPERATORS, TINY_DOWN, assert_equal, tiny_problem
 
-LINEAR = linear_problem(TINY_DOWN, (4,), torch.float32)
-CASES = [
-    pytest.param(tt_linear, LINEAR, id="tt_linear"),
-    pytest.param(
-        tt_adapter, adapter_problem(TINY_DOWN, TINY_UP, (4,), torch.float32, residual="none"), id="tt_adapter"
-    ),
-    pytest.param(tt_lora, lora_problem(TINY_DOWN, TINY_UP, (4,), torch.float32), id="tt_lora"),
-]
+LINEAR = random_problem("tt_linear", (TINY_DOWN,), 4, torch.float32)
 
 
-@pytest.mark.parametrize(("function", "problem"), CASES)
-def test_a_forced_backend_that_cannot_serve_says_why(function, problem):
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_forced_backend_that_cannot_serve_tells_why(operator):
     with backend("triton"), pytest.raises(RuntimeError, match='"triton" was asked for, but cannot serve: '):
-        function(**problem.tensors | problem.options)
-
-
-@pytest.mark.parametrize("served", ["c", "torch"])
-@pytest.mark.parametrize(("function", "problem"), CASES)
-def test_serves_the_cpu_by_c_or_else_by_pytorch(monkeypatch, function, problem, served):
-    with backend(served):
-        wanted = solve(function, problem)
-    if served == "torch":
-        monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
-        _dispatch._warn_of_the_slower_path.cache_clear()
-        with pytest.warns(UserWarning, match="no C compiler: PyTorch serves .* on this CPU, which is slower"):
-            solve(function, problem)
-    assert_equal(solve(function, problem), wanted, 0)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "served"),
-    [
-        ((torch.float32,), "c"),
-        ((torch.bfloat16, torch.float32), "c"),
-        ((torch.float64, torch.float64), "torch"),
-        ((torch.float16, torch.float32), "torch"),
-        ((torch.float32, torch.float64), "torch"),
-    ],
-    ids=str,
-)
-def test_c_takes_fp32_and_bf16(dtypes, served):
-    x, *others = (torch.ones(3, dtype=dtype) for dtype in dtypes)
-    assert _dispatch.choose(x, None, *others) == served
-    with backend("torch"):
-        assert _dispatch.choose(x, *others) == "torch"
-    if served == "torch":
-        refused = pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: it takes fp32 and bf16')
-        with backend("c"), refused:
-            _dispatch.choose(x, *others)
-
-
-def test_c_forced_says_why_it_cannot_serve(monkeypatch):
-    with backend("c"), pytest.raises(RuntimeError, match="the tensors are on meta, not on the CPU"):
-        _dispatch.choose(torch.ones(3, device="meta"))
-    monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
-    with backend("c"), pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: there is no C compiler'):
-        _dispatch.choose(torch.ones(3))
+        tiny_problem(operator, dtype=torch.float32).run()
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True
     device = torch.device("cuda", 0)
 
 
-def on_gpu(dtype: torch.dtype) -> OnGPU:
-    """A tensor of this dtype that says it is on a GPU."""
-    return torch.ones(3, dtype=dtype).as_subclass(OnGPU)
+def call_on_gpu(dtype: torch.dtype):
+    """A call whose x claims to be on a GPU."""
+    call = LINEAR.to(dtype).call()
+    return call._replace(x=call.x.as_subclass(OnGPU))
 
 
 @pytest.fixture
 def has_triton(monkeypatch) -> None:
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "why_no_triton", lambda: None)
 
 
-@pytest.fixture
-def no_triton(monkeypatch) -> None:
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
-    _dispatch._warn_of_the_slower_path.cache_clear()
+def served_by(call) -> str:
+    return _dispatch._serving(call).__name__.rpartition("_")[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_serves_a_gpu_by_triton(has_triton, dtype):
-    assert _dispatch.choose(on_gpu(dtype), None, torch.ones(3)) == "triton"
+    assert served_by(call_on_gpu(dtype)) == "triton"
     with backend("torch"):
-        assert _dispatch.choose(on_gpu(dtype)) == "torch"
+        assert served_by(call_on_gpu(dtype)) == "torch"
 
 
-@pytest.mark.parametrize("tensors", [(torch.float64,), (torch.float32, torch.float64)], ids=["x", "cores"])
-def test_serves_fp64_on_a_gpu_by_pytorch_and_refuses_it_where_triton_is_forced(has_triton, tensors):
-    x, *others = map(on_gpu, tensors)
-    assert _dispatch.choose(x, *others) == "torch"
-    with backend("triton"), pytest.raises(RuntimeError, match="compute in fp32, and there are fp64 tensors"):
-        _dispatch.choose(x, *others)
+def test_serves_a_cpu_by_pytorch(has_triton):
+    assert served_by(LINEAR.call()) == "torch"
 
 
-def test_compiled_code_that_counted_on_c_falls_back_or_says_why(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_why_no_library", lambda: "there is no C compiler")
-    _dispatch._implementation.cache_clear()
-    call = "tt_linear_fwd", LINEAR.tensors["x"], LINEAR.tensors["cores"], TINY_DOWN.spec, None
-    try:
-        with (
-            backend("c"),
-            pytest.raises(RuntimeError, match='"c" was asked for, but cannot serve: there is no C compiler'),
-        ):
-            _dispatch.run(*call, "c")
-        assert torch.equal(_dispatch.run(*call, "c")[0], _dispatch.run(*call, "torch")[0])
-    finally:
-        _dispatch._implementation.cache_clear()
+def test_serves_fp64_on_a_gpu_by_pytorch_and_refuses_it_where_triton_is_forced(has_triton):
+    fp64 = call_on_gpu(torch.float64)
+    mixed = call_on_gpu(torch.float32)._replace(down=LINEAR.down.cores.double())
+    for call in (fp64, mixed):
+        assert served_by(call) == "torch"
+        with backend("triton"), pytest.raises(RuntimeError, match="compute in fp32, and there are fp64 tensors"):
+            served_by(call)
 
 
-def test_says_once_that_a_gpu_without_triton_takes_the_slower_path(no_triton, recwarn):
-    with pytest.warns(UserWarning, match="triton is not installed: PyTorch serves .* on this GPU, which is slower"):
-        assert _dispatch.choose(on_gpu(torch.float32)) == "torch"
-    assert _dispatch.choose(on_gpu(torch.float32)) == "torch"
-    assert _dispatch.choose(on_gpu(torch.float64)) == "torch"
+@pytest.mark.parametrize(
+    "reason", ["triton is not installed", "triton 3.5.0 is too old for the kernels, which need 3.6 or later"]
+)
+def test_warns_once_that_a_gpu_without_triton_takes_the_slower_path(monkeypatch, recwarn, reason):
+    monkeypatch.setattr(_dispatch, "why_no_triton", lambda: reason)
+    _dispatch._warn_of_the_slower_path.cache_clear()
+    with pytest.warns(UserWarning, match=f"{reason}: PyTorch serves .* on this GPU, which is slower"):
+        assert served_by(call_on_gpu(torch.float32)) == "torch"
+    assert served_by(call_on_gpu(torch.float32)) == "torch"
     assert not recwarn.list
-    with backend("triton"), pytest.raises(RuntimeError, match="cannot serve: triton is not installed"):
-        _dispatch.choose(on_gpu(torch.float32))
+    with backend("triton"), pytest.raises(RuntimeError, match=f"cannot serve: {reason}"):
+        served_by(call_on_gpu(torch.float32))
+
+
+@pytest.mark.parametrize(("version", "usable"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_a_triton_that_is_too_old_is_a_reason_and_no_error(monkeypatch, version, usable):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    _dispatch.why_no_triton.cache_clear()
+    try:
+        assert (_dispatch.why_no_triton() is None) == usable
+    finally:
+        _dispatch.why_no_triton.cache_clear()
 
 
 def test_rejects_another_name_and_keeps_the_old_choice():
     with backend("torch"):
-        wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, c, torch, triton")
+        wrong = pytest.raises(ValueError, match=r"backend\(\) got 'cuda', expected one of auto, torch, triton")
         with wrong, backend("cuda"):
             pass
-        assert _dispatch._choice.name == "torch"
+        assert _dispatch.forced() == "torch"
 
 
 def test_nests_and_comes_back_after_an_error():
     with backend("torch"):
         with pytest.raises(KeyError), backend("triton"):
             raise KeyError
-        assert _dispatch._choice.name == "torch"
-    assert _dispatch._choice.name == "auto"
+        assert _dispatch.forced() == "torch"
+    assert _dispatch.forced() == "auto"
 
 
 def test_is_a_choice_of_one_thread():
     seen = []
     with backend("triton"):
-        thread = threading.Thread(target=lambda: seen.append(tt_linear(**LINEAR.tensors | LINEAR.options)))
+        thread = threading.Thread(target=lambda: seen.append(LINEAR.run()))
         thread.start()
         thread.join()
     assert len(seen) == 1
@@ -163,29 +118,33 @@ def test_is_a_choice_of_one_thread():
 
 def test_backward_runs_where_forward_ran():
     with backend("torch"):
-        x = LINEAR.tensors["x"].clone().requires_grad_()
-        y = tt_linear(x, LINEAR.tensors["cores"], TINY_DOWN)
+        x = LINEAR.x.clone().requires_grad_()
+        y = tt_linear(x, LINEAR.down)
     with backend("triton"):
         y.sum().backward()
     assert x.grad is not None
 
 
-def test_the_operator_runs_in_the_backend_it_is_told(monkeypatch):
-    asked = []
-    monkeypatch.setattr(_dispatch, "_implementation", lambda name: asked.append(name) or _torch)
-    monkeypatch.setattr(_dispatch, "_why_not_triton", lambda device, dtypes: None)
-    names = "c", "torch", "triton"
-    for name in names:
-        with backend(name):
-            solve(tt_linear, LINEAR)
-    assert asked == [name for name in names for _ in ("forward", "backward")]
-
-
-def test_a_compiled_function_obeys_a_backend_chosen_after_it_was_compiled():
+def test_compiled_code_obeys_a_backend_chosen_after_it_was_compiled():
     compiled = torch.compile(tt_linear, fullgraph=True, backend="aot_eager")
-    compiled(**LINEAR.tensors | LINEAR.options)
+    compiled(LINEAR.x, LINEAR.down)
     with backend("triton"), pytest.raises(Exception, match="cannot serve"):
-        compiled(**LINEAR.tensors | LINEAR.options)
+        compiled(LINEAR.x, LINEAR.down)
+
+
+def test_an_exported_graph_holds_no_backend():
+    class Linear(torch.nn.Module):
+        def forward(self, x, train):
+            return tt_linear(x, train)
+
+    with backend("torch"):
+        exported = torch.export.export(Linear(), (LINEAR.x, LINEAR.down))
+    calls = [node for node in exported.graph.nodes if "loretta" in str(node.target)]
+    assert [str(node.target) for node in calls] == ["loretta.adapter_forward.default"]
+    assert not {"torch", "triton", "auto"} & {arg for node in calls for arg in node.args if isinstance(arg, str)}
+    assert_equal({"y": exported.module()(LINEAR.x, LINEAR.down)}, {"y": LINEAR.run()}, 0)
+    with backend("triton"), pytest.raises(RuntimeError, match="cannot serve"):
+        exported.module()(LINEAR.x, LINEAR.down)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -206,18 +165,18 @@ def test_the_environment_forces_a_backend():
 
 def test_a_wrong_name_in_the_environment_is_named_when_first_used():
     wrong = python(CALL, LORETTA_BACKEND="cuda")
-    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, c, torch, triton" in wrong.stderr
+    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, torch, triton" in wrong.stderr
 
 
-def test_imports_without_triton_and_without_the_layers_above():
+def test_imports_with_torch_alone():
     code = """
 import sys
-sys.modules["triton"] = None  # an import of it fails, as where it is not installed
-import loretta_kernels
-above = {"transformers", "peft", "loretta"} & set(sys.modules)
-assert not above, above
+for absent in ("triton", "numpy", "transformers", "peft", "safetensors"):
+    sys.modules[absent] = None  # an import of it fails, as where it is not installed
+import loretta_kernels, loretta_kernels.nn, loretta_kernels.selfcheck
+assert "loretta" not in sys.modules
 """
-    outcome = python(code + CALL)
+    outcome = python(code + CALL, PYTHONWARNINGS="ignore")  # torch warns of numpy
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout == "[[2.0, 2.0]]\n"
     assert outcome.stderr == ""

@@ -10,8 +10,6 @@ from loretta_kernels import reference
 
 from .golden import FILES, ON_BOND, errors
 
-pytestmark = pytest.mark.usefixtures("cpu_path")
-
 # Their cut falls inside a core, or no prefix of the modes divides: these need the conversion that comes later.
 OFF_BOND = {
     "adp_1024_b8_r4_tanh",

@@ -76,6 +76,14 @@ def test_is_a_value():
         shape.cut = 1
 
 
+def test_gains_are_part_of_the_value():
+    shape = TTShape((4, 3), (2, 5), 2, gains=(3, -1))
+    assert shape != TTShape((4, 3), (2, 5), 2)
+    assert shape.factors == (8.0, 0.5)
+    assert TTShape.from_spec(shape.spec) == shape == eval(repr(shape))
+    assert TTShape((4, 3), (2, 5), 2).gains == (0, 0)
+
+
 def test_takes_numpy_integers_and_keeps_plain_ones():
     shape = TTShape(np.array([4, 3]), (np.int64(2),), np.int32(2))
     assert shape == TTShape((4, 3), (2,), 2)
@@ -93,6 +101,9 @@ def test_takes_numpy_integers_and_keeps_plain_ones():
         (((4.0,), (2,), 2), TypeError, r"in_modes must be ints, got \(4.0,\)"),
         (((4,), (2,), True), TypeError, "ranks must be ints"),
         (((4,), (2,), "5"), TypeError, "ranks must be ints"),
+        (((4,), (2,), 2, (1,)), ValueError, r"gains must be two exponents from -64 to 64, got \(1,\)"),
+        (((4,), (2,), 2, (0, 65)), ValueError, r"gains must be two exponents"),
+        (((4,), (2,), 2, (0.5, 0)), TypeError, r"gains must be ints, got \(0.5, 0\)"),
     ],
 )
 def test_names_what_is_wrong(arguments, kind, message):

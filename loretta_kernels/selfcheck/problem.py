@@ -1,0 +1,247 @@
+"""One problem for the operators: random numbers, or whole numbers for which every backend must be exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import loretta_kernels
+from loretta_kernels import reference
+from loretta_kernels.call import Call
+from loretta_kernels.philox import dropout_factor
+from loretta_kernels.shape import TTShape
+from loretta_kernels.train import TT
+
+RESIDUALS = ("x", "another", "none")
+Answers = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call with numbers: y = residual + scale · (act(drop(x) · W_down + b_down) · W_up + b_up), and dy.
+
+    Attributes:
+        operator: "tt_linear" (of `down` alone), "tt_adapter" or "tt_lora".
+        residual: "x", a tensor, or None.
+        scale: a number, or a tensor that is learnt.
+    """
+
+    operator: str
+    x: Tensor
+    down: TT
+    up: TT | None
+    dy: Tensor
+    residual: Tensor | str | None = None
+    scale: Tensor | float = 1.0
+    activation: str = "identity"
+    dropout_p: float = 0.0
+    seed: int = 11
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is differentiated, by name."""
+        up = self.up or TT(torch.empty(0), self.down.shape)
+        named = {
+            "x": self.x,
+            "down": self.down.cores,
+            "down_bias": self.down.bias,
+            "up": self.up and up.cores,
+            "up_bias": up.bias,
+            "scale": self.scale,
+            "residual": self.residual,
+        }
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Problem:
+        """The problem with other tensors in the place of its own."""
+        known = self.tensors | tensors
+        up = self.up and TT(known["up"], self.up.shape, known.get("up_bias"))
+        return replace(
+            self,
+            x=known["x"],
+            down=TT(known["down"], self.down.shape, known.get("down_bias")),
+            up=up,
+            scale=known.get("scale", self.scale),
+            residual=known.get("residual", self.residual),
+        )
+
+    def to(self, where: torch.dtype | torch.device | str) -> Problem:
+        """The same values in another dtype or on another device."""
+        moved = self.with_tensors({name: t.to(where) for name, t in self.tensors.items()})
+        return replace(moved, dy=self.dy.to(where))
+
+    def run(self, functions: Any = loretta_kernels, **changes: Any) -> Tensor:
+        """y by the functions of a module: those of this package, or the definitions of `reference`."""
+        if self.operator == "tt_linear":
+            return functions.tt_linear(self.x, self.down)
+        options: dict[str, Any] = {"scale": self.scale, "residual": self.x if self.residual == "x" else self.residual}
+        if self.operator == "tt_adapter":
+            options["activation"] = self.activation
+        if self.dropout_p and functions is reference:
+            options["mask"] = self.mask()
+        elif self.dropout_p:
+            options |= {"dropout_p": self.dropout_p, "seed": self.seed}
+        return getattr(functions, self.operator)(self.x, self.down, self.up, **options | changes)
+
+    def mask(self) -> Tensor:
+        """What dropout multiplies x by."""
+        N, seed = prod(self.x.shape[:-1]), torch.tensor(self.seed, device=self.x.device)
+        return dropout_factor(seed, 0, N, self.x.shape[-1], self.dropout_p, torch.float64).view(self.x.shape)
+
+    def solve(self, functions: Any = loretta_kernels) -> Answers:
+        """y, and the gradient of every tensor as "d" + its name."""
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in self.tensors.items()}
+        y = self.with_tensors(leaves).run(functions)
+        grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    def call(self) -> Call:
+        """The call of the operator, for its implementations."""
+        up, learnt = self.up, isinstance(self.scale, Tensor)
+        return Call(
+            self.x,
+            self.down.cores,
+            self.down.bias,
+            up.cores if up else None,
+            up.bias if up else None,
+            self.scale if isinstance(self.scale, Tensor) else None,
+            torch.tensor(self.seed, device=self.x.device) if self.dropout_p else None,
+            self.residual if isinstance(self.residual, Tensor) else None,
+            self.down.shape,
+            up.shape if up else None,
+            self.residual == "x",
+            1.0 if learnt else float(self.scale),
+            self.activation,
+            self.dropout_p,
+        )
+
+
+def random_problem(
+    operator: str,
+    shapes: Sequence[TTShape],
+    rows: int | Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: str | None = None,
+    biases: bool | None = None,
+    scale: Tensor | float | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    param_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Normal numbers; rows in `dtype`, parameters in fp32 (fp64 for fp64), or in `param_dtype`.
+
+    By default as the layers call the operators: tt_adapter with x for its residual and biases, tt_lora with another
+    residual and none, tt_linear with a bias; a learnt scale.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    def cores(shape: TTShape) -> Tensor:
+        """Cores whose matrix maps unit-sized features to unit-sized features."""
+        paths = prod(shape.ranks) * shape.in_features * prod(shape.factors) ** 2
+        return normal(shape.num_params) * paths ** (-0.5 / len(shape.modes))
+
+    return _problem(operator, shapes, rows, dtype, residual, biases, scale, activation, dropout_p, param_dtype,
+                    normal, normal, cores, 0.7)  # fmt: skip
+
+
+def exact_problem(
+    operator: str,
+    shapes: Sequence[TTShape],
+    rows: int | Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: str | None = None,
+    biases: bool | None = None,
+    scale: Tensor | float | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    param_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Few and small whole numbers, such that every product and sum of the computation is exact in 16 bits.
+
+    Whatever the order of its sums, a right backend gives each answer without any error but the last rounding to the
+    answer's dtype. A row of a core has one number, 1 or -1, for each mode; so has L, and R has no others. The
+    activation must be relu or identity, dropout_p a half or none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    density = 4.0  # numbers other than 0 in a row of x and of dy
+
+    def whole(*size: int) -> Tensor:
+        chosen = torch.rand(*size, generator=generator) < density / size[-1]
+        return torch.where(chosen, torch.randint(1, 3, size, generator=generator) * _signs(size, generator), 0).double()
+
+    def cores(shape: TTShape) -> Tensor:
+        parts = []
+        for r, n, r_next in shape.core_shapes:
+            column = torch.randint(r_next, (r, n, 1), generator=generator)
+            parts.append(
+                torch.zeros(r, n, r_next).scatter_(2, column, _signs((r, n, 1), generator).float()).reshape(-1)
+            )
+        return torch.cat(parts).double()
+
+    from loretta_kernels.selfcheck.judge import is_exact
+
+    for _ in range(20):
+        problem = _problem(operator, shapes, rows, dtype, residual, biases, scale, activation, dropout_p, param_dtype,
+                           whole, whole, cores, 0.5)  # fmt: skip
+        if is_exact(problem):
+            return problem
+        density /= 1.5
+    raise RuntimeError(f"found no problem of {shapes} whose numbers stay small enough for {dtype}")
+
+
+def _signs(size: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(size), generator=generator) * 2 - 1
+
+
+def _problem(
+    operator: str,
+    shapes: Sequence[TTShape],
+    rows: int | Sequence[int],
+    dtype: torch.dtype,
+    residual: str | None,
+    biases: bool | None,
+    scale: Tensor | float | None,
+    activation: str,
+    dropout_p: float,
+    param_dtype: torch.dtype | None,
+    draw: Any,
+    draw_bias: Any,
+    cores: Any,
+    learnt_scale: float,
+) -> Problem:
+    lead = (rows,) if isinstance(rows, int) else tuple(rows)
+    wide = param_dtype or torch.promote_types(dtype, torch.float32)
+    first, last = shapes[0], shapes[-1]
+    adapts = operator == "tt_adapter"
+    residual = residual or ("x" if adapts else "another" if operator == "tt_lora" else "none")
+    biases = operator != "tt_lora" if biases is None else biases
+    x = draw(*lead, first.in_features).to(dtype)
+    trains = [
+        TT(cores(shape).to(wide), shape, draw_bias(shape.out_features).to(wide) if biases else None) for shape in shapes
+    ]
+    other: Tensor | str | None = draw(*lead, last.out_features).to(dtype) if residual == "another" else residual
+    if scale is None:
+        scale = 1.0 if operator == "tt_linear" else torch.tensor(learnt_scale, dtype=wide)
+    return Problem(
+        operator,
+        x,
+        trains[0],
+        None if operator == "tt_linear" else trains[1],
+        draw(*lead, last.out_features).to(dtype),
+        None if other == "none" else other,
+        scale,
+        activation if adapts else "identity",
+        dropout_p,
+    )
