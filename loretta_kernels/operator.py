@@ -2,7 +2,7 @@
 
 A call on plain tensors runs the backend at once; torch's dispatcher takes it where something else must see it (a
 compiler, a dispatch mode, tensors of meta or of another class). Where a function transform, forward-mode
-differentiation or a tracer is at work, the definition is computed, in torch's own operators.
+differentiation, a tracer or the ONNX exporter is at work, the definition is computed, in torch's own operators.
 """
 
 from __future__ import annotations
@@ -84,17 +84,12 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"loretta::{_name}", _fake, lib=_library)
 
 
-@torch._decomp.register_decomposition(torch.ops.loretta.adapter_forward.default)
-def _decomposed(*args: Any) -> tuple[Tensor, Tensor]:
-    """The forward in torch's own operators, for exporters that know no others, such as ONNX's."""
-    call = _called(args)
-    x = call.x.to(call.sum_dtype).reshape(-1, call.x.shape[-1])
-    return definition(call), x @ reference.tt_sides(call.down.to(x.dtype), call.down_shape)[0]
-
-
 def apply(call: Call) -> Tensor:
     """y of a call whose arguments were checked."""
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return definition(call)
+    else:
         if _is_transformed():
             return definition(call)
         if not torch.is_grad_enabled() and _is_plain(call.tensors):

@@ -50,7 +50,8 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
     """
     device = seed.device
     # On a CPU a number is quick, and a one-element tensor slow; on a GPU a number would have to be waited for.
-    key = int(seed) if device.type == "cpu" else seed.reshape(())
+    plain = type(seed) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(seed)
+    key = int(seed) if plain and device.type == "cpu" else seed.reshape(())
     k0, k1 = key & _WORD, key >> 32 & _WORD
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
     quad = torch.arange(-(-columns // COLUMNS), device=device)[None, :]

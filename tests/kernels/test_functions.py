@@ -223,7 +223,7 @@ def test_bf16_is_rounded_to_nearest_and_ties_to_even():
     assert y.flatten().tolist() == [1, 1 + 2**-6, 1 + 2**-7, 1, 1]
 
 
-X, DOWN, UP = torch.randn(6, 12), TT(torch.randn(34), TINY_DOWN), TT(torch.randn(38), TINY_UP)
+X, DOWN, UP = torch.randn(6, 12), TT(torch.randn(46), TINY_DOWN), TT(torch.randn(52), TINY_UP)
 WRONG = [
     ((torch.randn(6, 11), DOWN, UP), {}, ValueError, r"x must be \[\.\.\., 12\] for TTShape.*got \[6, 11\]"),
     ((torch.tensor(1.0), DOWN, UP), {}, ValueError, r"got \[\]"),
@@ -233,10 +233,10 @@ WRONG = [
     ((X.to(torch.complex64), DOWN, UP), {}, TypeError, "x must be fp64, fp32, bf16 or fp16, got torch.complex64"),
     ((X.to_sparse(), DOWN, UP), {}, TypeError, "x must be a dense tensor, got torch.sparse_coo"),
     ((X, DOWN.cores, UP), {}, TypeError, r"must be a TT\(cores, shape, bias=None\), got Tensor"),
-    ((X, TT(torch.randn(5), TINY_DOWN), UP), {}, ValueError, r"the cores of \w+ must be \[34\], got \[5\]"),
-    ((X, TT(torch.randn(2, 17), TINY_DOWN), UP), {}, ValueError, r"the cores of \w+ must be \[34\], got \[2, 17\]"),
-    ((X, TT(torch.zeros(34, dtype=torch.int32), TINY_DOWN), UP), {}, TypeError, r"the cores of \w+ must be fp64"),
-    ((X, DOWN, TT(torch.randn(5), TINY_UP)), {}, ValueError, r"the cores of \w+ must be \[38\], got \[5\]"),
+    ((X, TT(torch.randn(5), TINY_DOWN), UP), {}, ValueError, r"the cores of \w+ must be \[46\], got \[5\]"),
+    ((X, TT(torch.randn(2, 23), TINY_DOWN), UP), {}, ValueError, r"the cores of \w+ must be \[46\], got \[2, 23\]"),
+    ((X, TT(torch.zeros(46, dtype=torch.int32), TINY_DOWN), UP), {}, TypeError, r"the cores of \w+ must be fp64"),
+    ((X, DOWN, TT(torch.randn(5), TINY_UP)), {}, ValueError, r"the cores of \w+ must be \[52\], got \[5\]"),
     ((X, DOWN, TT(UP.cores, None)), {}, TypeError, r"the shape of \w+ must be a TTShape, got NoneType"),
     ((X, TT(torch.randn(38), TTShape((3, 4), (8,), 2)), UP), {}, ValueError, "8 features, the second takes 4"),
     ((X, DOWN, UP), {"residual": torch.randn(6, 12)}, ValueError, r"residual must be \[6, 15\].*got \[6, 12\]"),
