@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loretta_kernels import backend
 from loretta_kernels.selfcheck import Case
-from loretta_kernels.selfcheck.cases import random_arguments
 
 ROWS = ("x_ptr", "residual_ptr", "y_ptr", "dy_ptr", "dx_ptr", "waist_ptr")  # as the kernels name tensors of N rows
 LORA_DROPOUT = 0.05  # PEFT's default
@@ -32,16 +30,11 @@ def launched(case: Case, N: int, dtype: torch.dtype) -> Directions:
     """What is launched for N rows without dropout and with a fixed scale, after it has run in the interpreter."""
     from loretta_kernels._triton.launch import recorded
 
-    arguments, dy = random_arguments(case, N, dtype, torch.device("cpu"))
-    if "scale" in arguments:
-        arguments["scale"] = 0.5
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and name != "residual":
-            value.requires_grad_()
-    if case.operator == "tt_adapter":
-        arguments["residual"] = arguments["x"]
+    problem = case.problem(N, dtype, scale=0.5)
+    for name, value in problem.tensors.items():
+        value.requires_grad_(name != "residual")
     with backend("triton"), recorded(run=True) as launches:
-        case.function()(**arguments).backward(dy)
+        problem.run().backward(problem.dy)
     return _by_direction(launches)
 
 
@@ -49,5 +42,5 @@ def _by_direction(launches: Iterable[Any]) -> Directions:
     """Those of the forward kernel apart from those of the backward."""
     directions: Directions = {"forward": [], "backward": []}
     for launch in launches:
-        directions["forward" if "_fwd_" in launch.kernel.__name__ else "backward"].append(launch)
+        directions["forward" if "forward" in launch.kernel.__name__ else "backward"].append(launch)
     return directions

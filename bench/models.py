@@ -17,7 +17,7 @@ from bench.memory import peak_bytes
 from bench.trains import flat, wave_cores
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.tensor_train import TensorTrain
-from loretta_kernels import TTShape, reference
+from loretta_kernels import TT, TTShape, reference
 
 R, RANK = 8, 5
 OURS, RELEASED = {"adp": "loretta adp", "rep": "loretta rep"}, {"adp": "upstream adp", "rep": "upstream rep"}
@@ -91,7 +91,7 @@ def _set_upstream(train: nn.Module, seed: int) -> None:
 def _set_linear(linear: nn.Linear, seed: int) -> None:
     shape = TTShape.for_matrix(linear.in_features, linear.out_features, RANK)
     cores = wave_cores(shape.modes, RANK, _scale(linear.in_features), seed)
-    linear.weight.copy_(reference.tt_matrix(torch.cat([core.reshape(-1) for core in cores]), shape).t())
+    linear.weight.copy_(reference.tt_matrix(TT(flat(cores), shape)).t())
 
 
 def _scale(in_features: int) -> float:

@@ -18,7 +18,7 @@ from bench import upstream
 from bench.problems import SCALE, Problem
 from bench.timing import Work
 from bench.upstream import Unavailable
-from loretta_kernels import TTShape, backend, tt_adapter, tt_linear, tt_lora
+from loretta_kernels import TT, backend, reference, tt_adapter, tt_linear, tt_lora
 
 OURS = "loretta"
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of norms; another function is off by about 1
@@ -54,9 +54,10 @@ class Peer:
 
 def peers_of(problem: Problem) -> Iterator[tuple[str, Callable[[], Peer]]]:
     """Each peer's name, and what makes it (or raises Unavailable)."""
-    cell, best = problem.cell, "triton" if problem.device.type == "cuda" else "c"
+    cell, best = problem.cell, "triton" if problem.device.type == "cuda" else "torch"
     yield OURS, lambda: _loretta(problem, best)
-    yield "loretta torch", lambda: _loretta(problem, "torch")
+    if best != "torch":
+        yield "loretta torch", lambda: _loretta(problem, "torch")
     if cell.compiled:
         yield "loretta compiled", lambda: _loretta(problem, best, compiled=True)
         yield "plain compiled", lambda: _plain(problem)
@@ -95,16 +96,14 @@ def _with_biases(problem: Problem, parameters: dict[str, Tensor], biases: list[T
 def _loretta(problem: Problem, name: str, compiled: bool = False) -> Peer:
     """Our operator."""
     leaves = _with_biases(problem, {f"cores{k}": problem.cores(k) for k in range(len(problem.shapes))})
-    shapes, base = problem.shapes, problem.base
+    trains = [TT(leaves[f"cores{k}"], shape, leaves.get(f"bias{k}")) for k, shape in enumerate(problem.shapes)]
 
     def operator() -> Tensor:
         if problem.cell.kind == "cls":
-            return tt_linear(leaves["x"], leaves["cores0"], shapes[0], leaves["bias0"])
-        first = leaves["x"], leaves["cores0"], shapes[0]
+            return tt_linear(leaves["x"], *trains)
         if problem.cell.kind == "rep":
-            return tt_lora(*first, leaves["cores1"], shapes[1], scale=SCALE, residual=base)
-        second = leaves["bias0"], leaves["cores1"], shapes[1], leaves["bias1"]
-        return tt_adapter(*first, *second, residual=leaves["x"])
+            return tt_lora(leaves["x"], *trains, scale=SCALE, residual=problem.base)
+        return tt_adapter(leaves["x"], *trains, residual=leaves["x"])
 
     run = _compiled(operator) if compiled else operator
 
@@ -126,28 +125,13 @@ def _compiled(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return compiled
 
 
-def _sides(cores: Tensor, shape: TTShape) -> tuple[Tensor, Tensor]:
-    """L [I, K] and R [K, O] of a train, by plain products."""
-    factors = [
-        core.view(core_shape) for core, core_shape in zip(cores.split(shape.core_sizes), shape.core_shapes, strict=True)
-    ]
-    sides = []
-    for side in (factors[: shape.cut], factors[shape.cut :]):
-        product = side[0]
-        for factor in side[1:]:
-            product = product.flatten(0, 1) @ factor.flatten(1)
-            product = product.view(side[0].shape[0], -1, factor.shape[2])
-        sides.append(product)
-    return sides[0].flatten(0, 1), sides[1].flatten(1)
-
-
 def _plain(problem: Problem) -> Peer:
     """The same algebra in plain PyTorch, autograd's backward, under torch.compile."""
     leaves = _with_biases(problem, {f"cores{k}": problem.cores(k) for k in range(len(problem.shapes))})
     shapes, kind, base, dtype = problem.shapes, problem.cell.kind, problem.base, problem.dtype
 
     def project(x: Tensor, k: int) -> Tensor:
-        L, R = _sides(leaves[f"cores{k}"].to(dtype), shapes[k])
+        L, R = reference.tt_sides(leaves[f"cores{k}"].to(dtype), shapes[k])
         return x @ L @ R
 
     def call() -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.trains import flat, wave_cores
-from loretta_kernels import TTShape, reference
+from loretta_kernels import TT, TTShape, reference
 
 SCALE = 2.0  # LoRA's alpha / r
 KINK = 1e-4
@@ -77,7 +77,7 @@ class Problem:
         """The same as a matrix in fp64."""
         shape = self.shapes[position]
         cores = torch.cat([core.reshape(-1) for core in self.make(position)(list(shape.modes))])
-        return reference.tt_matrix(cores, shape).to(self.device)
+        return reference.tt_matrix(TT(cores, shape)).to(self.device)
 
     def define(self, x: Tensor, biases: list[Tensor]) -> Tensor:
         """The operator by its definition, in x's dtype."""
