@@ -71,6 +71,16 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         return _serving(call).forward(call)
 
 
+def infer(call: Call) -> torch.Tensor:
+    """y alone, for a call without gradients; as `forward`."""
+    serving = _serving(call)
+    if serving is _implementation("torch") and not is_on(call.x.device):
+        y: torch.Tensor | None = serving.infer(call)
+        if y is not None:
+            return y
+    return forward(call)[0]
+
+
 def backward(
     call: Call, waist: torch.Tensor, dy: torch.Tensor, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, ...]:

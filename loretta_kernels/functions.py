@@ -10,7 +10,7 @@ from torch import Tensor
 from loretta_kernels import reference
 from loretta_kernels._autocast import cast, off
 from loretta_kernels.call import Call
-from loretta_kernels.operator import apply
+from loretta_kernels.operator import apply, apply_again
 from loretta_kernels.reference import ACTIVATIONS
 from loretta_kernels.shape import TTShape
 from loretta_kernels.train import TT
@@ -85,6 +85,10 @@ def tt_adapter(
 
     Source: LoRETTA_adp (NAACL 2024, arXiv 2402.11417), the tensorised adapter.
     """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout_p:
+        y = apply_again(x, down, up, activation, scale, residual)
+        if y is not None:
+            return y
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return _adapter(x, {"down": down, "up": up}, activation, scale, residual, dropout_p, seed)
@@ -122,6 +126,10 @@ def tt_lora(
 
     Source: LoRETTA_rep (NAACL 2024, arXiv 2402.11417), the reparameterised update.
     """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout_p:
+        y = apply_again(x, a, b, "identity", scale, residual)
+        if y is not None:
+            return y
     for name, train in (("a", a), ("b", b)):
         if isinstance(train, TT) and train.bias is not None:
             raise ValueError(f"{name} must have no bias in tt_lora; tt_adapter with the identity takes one")

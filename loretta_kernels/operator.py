@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loretta_kernels import _dispatch, reference
+from loretta_kernels._torch.inference import again
 from loretta_kernels.call import Call
 from loretta_kernels.philox import dropout_factor
 from loretta_kernels.shape import TTShape
@@ -93,9 +94,16 @@ def apply(call: Call) -> Tensor:
         if _is_transformed():
             return definition(call)
         if not torch.is_grad_enabled() and _is_plain(call.tensors):
-            return _dispatch.forward(call)[0]
+            return _dispatch.infer(call)
     y: Tensor = _Adapter.apply(*call)
     return y
+
+
+def apply_again(x: Any, down: Any, up: Any, activation: str, scale: Any, residual: Any) -> Tensor | None:
+    """y without gradients of arguments that PyTorch's path has served before; None where it did not."""
+    if _dispatch.forced() == "triton" or _is_transformed() or torch.is_autocast_enabled("cpu"):
+        return None
+    return again(x, down, up, activation, scale, residual, _is_plain)
 
 
 def definition(call: Call) -> Tensor:

@@ -48,7 +48,7 @@ class _Parameters(NamedTuple):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist s `[N, K]`."""
-    x, O, parameters = call.x, call.out_features, _parameters(call)
+    x, O, parameters = call.x, call.out_features, parameters_of(call)
     s = to_waist(x.reshape(-1, x.shape[-1]), parameters.down.Lt, _dropout(call))
     _, a = _hidden(call, parameters, s)
     # No view: autograd forbids changing a Function's output in place when it is one, as models do.
@@ -61,7 +61,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, None for the others."""
     needs_dx, needs_ddown, needs_ddown_bias, needs_dup, needs_dup_bias, needs_dscale = needs
-    one_train, s, parameters = call.up is None, waist, _parameters(call)
+    one_train, s, parameters = call.up is None, waist, parameters_of(call)
     x, down, last, K = call.x, parameters.down, parameters.last, parameters.U.shape[1]
     rows_of_dy = dy.reshape(-1, dy.shape[-1])
     ddown = ddown_bias = dup = dup_bias = dscale = None
@@ -114,7 +114,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
     return None if dx is None else dx.view(x.shape), ddown, ddown_bias, dup, dup_bias, dscale
 
 
-def _parameters(call: Call) -> _Parameters:
+def parameters_of(call: Call) -> _Parameters:
     """The parameters of a call, contracted."""
     dtype = call.sum_dtype
     down = contract(call.down, call.down_shape, dtype)
@@ -126,21 +126,21 @@ def _parameters(call: Call) -> _Parameters:
         U = down.derived("U", (), lambda: torch.eye(len(down.R)).to(down.R))
     else:
         last, bias = contract(call.up, call.up_shape, dtype), call.up_bias
-        U = last.L if _has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
+        U = last.L if has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
     biased = bias is not None
     M, ones = last.derived("M", (U, scale, biased), lambda: _scaled(U, scale, biased))
     R = last.R if bias is None else last.derived("R", (bias, scale), lambda: _with_row(last.R, bias.to(dtype) * scale))
     return _Parameters(down, last, bias, scale, U, M, ones, R)
 
 
-def _has_hidden(call: Call) -> bool:
+def has_hidden(call: Call) -> bool:
     """Whether something stands between the two trains, so that they cannot be multiplied."""
     return call.up is not None and (call.activation != "identity" or call.down_bias is not None)
 
 
 def _hidden(call: Call, parameters: _Parameters, s: Tensor) -> tuple[Tensor | None, Tensor]:
     """h and a; s in the place of a where there is no h."""
-    if not _has_hidden(call):
+    if not has_hidden(call):
         return None, s
     bias, R = call.down_bias, parameters.down.R
     h = s @ R if bias is None else torch.addmm(bias.to(s.dtype), s, R)

@@ -189,13 +189,40 @@ def test_cores_may_be_a_slice_of_a_larger_tensor():
         assert torch.equal(tt_linear(x, TT(cores, shape)), tt_linear(x, TT(cores.clone(), shape)))
 
 
-@pytest.mark.parametrize("rows", [1, 20], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("rows", [1, 20, 100], ids=["one-row", "few-rows", "many-rows"])
+@pytest.mark.parametrize("residual", ["x", "another", "none"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_bits_do_not_depend_on_what_requires_grad(operator, rows):
-    problem = tiny_problem(operator, (rows,), torch.float32)
+def test_without_gradients_the_answer_is_the_same(operator, residual, rows):
+    shapes, options = square(24, 4, 2), {} if operator == "tt_linear" else {"residual": residual, "scale": 0.5}
+    problem = random_problem(
+        operator, shapes[:1] if operator == "tt_linear" else shapes, rows, torch.float64, **options
+    )
+    wanted = problem.solve()["y"]
+    for _ in range(3):
+        with torch.no_grad():
+            assert_equal({"y": problem.run()}, {"y": wanted}, 1e-14)
+
+
+def test_without_gradients_a_call_that_was_served_before_is_still_looked_at():
+    x, down, up = torch.randn(3, 12), TT(torch.randn(46), TINY_DOWN), TT(torch.randn(52), TINY_UP)
     with torch.no_grad():
-        y = problem.run()
-    assert torch.equal(problem.solve()["y"], y)
+        for _ in range(2):
+            tt_lora(x, down, up, residual=torch.randn(3, 15))
+        wrong = {
+            "x": {"x": torch.randn(3, 11)},
+            "x of another dtype": {"x": x.double()},
+            "residual": {"residual": torch.randn(3, 12)},
+            "b with a bias": {"b": TT(up.cores, TINY_UP, torch.randn(15))},
+            "dropout": {"dropout_p": 1.0},
+            "seed": {"dropout_p": 0.5, "seed": 1.0},
+        }
+        for name, change in wrong.items():
+            arguments = {"x": x, "a": down, "b": up, "residual": torch.randn(3, 15)} | change
+            if name == "x of another dtype":
+                assert tt_lora(**arguments).dtype is torch.float64
+                continue
+            with pytest.raises(ValueError, match="must (be|have)"):
+                tt_lora(**arguments)
 
 
 def test_tt_matrix_is_what_tt_linear_multiplies_by():
