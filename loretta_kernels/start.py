@@ -1,0 +1,83 @@
+"""Where training starts, and how far one step goes: the gains of a train and its first cores.
+
+Adam moves every stored number by about the rate. A train has few numbers, and the wider the layer, the less each of
+them moves it; so a core G is stored divided by a gain c that depends on its size, its train's waist and the layer's
+width, and one step moves G by c times the rate. With n numbers in the core, all other cores orthonormal about it, and
+the waist K:
+
+    a train from the layer's width to the waist     c = DOWN · sqrt(K / n)
+    a train from the waist to the layer's width     c = UP · sqrt(K · width / n)
+
+which moves the train as far as that rate moves the two factors of a LoRA, at every width (DESIGN.md has the argument
+and the figures). Only the product of a side's gains matters to the function: it is rounded to a power of two, which the
+shape holds (`TTShape.gains`); the rest is in the cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loretta_kernels.shape import TTShape
+
+DOWN, UP = 16.0, 2.0
+
+
+def with_gains(shape: TTShape, up: bool) -> TTShape:
+    """The shape with the gains by which it trains at a LoRA's rates.
+
+    Args:
+        up: whether the train leads from the waist to the layer's width, as the second of an adapter does.
+    """
+    factors = core_gains(shape, up)
+    sides = factors[: shape.cut], factors[shape.cut :]
+    return TTShape(shape.in_modes, shape.out_modes, shape.ranks, [round(math.log2(math.prod(side))) for side in sides])
+
+
+def core_gains(shape: TTShape, up: bool) -> list[float]:
+    """The gain of each core."""
+    scale = UP * math.sqrt(shape.waist * shape.out_features) if up else DOWN * math.sqrt(shape.waist)
+    return [scale / math.sqrt(size) for size in shape.core_sizes]
+
+
+@torch.no_grad()
+def start_(cores: Tensor, shape: TTShape, up: bool, zero: bool) -> Tensor:
+    """Fill the flat cores of a shape with gains: orthonormal about the cut, or about the core that is zero.
+
+    Args:
+        cores: `[shape.num_params]`, overwritten.
+        up: as `with_gains`.
+        zero: make W = 0, by zeros in the largest core, of several the one nearest the cut on the output side: the
+            largest core sees most of the gradient.
+    """
+    if cores.is_meta:
+        return cores
+    centre = _largest(shape) if zero else shape.cut
+    parts = []
+    for k, (left, mode, right) in enumerate(shape.core_shapes):
+        rows, columns = (left * mode, right) if k < centre else (left, mode * right)
+        u, _, vh = torch.linalg.svd(torch.randn(rows, columns, dtype=torch.float64), full_matrices=False)
+        parts.append((u @ vh).reshape(-1))
+    if zero:
+        parts[centre].zero_()
+    stored = [part / gain for part, gain in zip(parts, _stored_gains(shape, up), strict=True)]
+    return cores.copy_(torch.cat(stored))
+
+
+def _stored_gains(shape: TTShape, up: bool) -> list[float]:
+    """The gains of the cores, each side's multiplied by what makes their product the shape's power of two."""
+    gains, exact = core_gains(shape, up), []
+    for side, factor in zip((gains[: shape.cut], gains[shape.cut :]), shape.factors, strict=True):
+        rest = (factor / math.prod(side)) ** (1 / len(side))
+        exact += [gain * rest for gain in side]
+    return exact
+
+
+def _largest(shape: TTShape) -> int:
+    """The largest core, the first on the output side among equals."""
+    sizes: Sequence[int] = shape.core_sizes
+    places = [k for k, size in enumerate(sizes) if size == max(sizes)]
+    return next((k for k in places if k >= shape.cut), places[0])
