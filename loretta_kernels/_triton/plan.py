@@ -129,51 +129,89 @@ _SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103":
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """Block sizes for a class of calls; None where a condition does not matter.
+
+    Args:
+        arch: what the architecture's name starts with.
+        itemsize: bytes of an element of rows, 2 or 4.
+        rank: "low" for waists up to 15 and inner bonds up to 8, "middle" for waists up to 31, "high" above.
+        trains: one (tt_linear) or two.
+        bond, bottleneck: the least inner bond, and the least bottleneck, that the row is for.
+        decoding, few_backward: blocks of `Plan` that differ from `forward` and `backward`.
+        why: what larger blocks, or blocks of another form, were seen to cost.
+    """
+
+    arch: str | None
+    itemsize: int
+    rank: str
+    forward: Blocks
+    backward: Blocks
+    trains: int | None = None
+    bond: int = 0
+    bottleneck: int = 0
+    decoding: Blocks | None = None
+    few_backward: Blocks | None = None
+    why: str = ""
+
+    def serves(self, arch: str, itemsize: int, rank: str, trains: int, bond: int, bottleneck: int) -> bool:
+        """Whether the row is for such calls."""
+        return (
+            (self.arch is None or arch.startswith(self.arch))
+            and (self.itemsize, self.rank) == (itemsize, rank)
+            and self.trains in (None, trains)
+            and bond >= self.bond
+            and bottleneck >= self.bottleneck
+        )
+
+
+# The first row that serves a call counts. bench.resources checks every row: no class of shapes may spill.
+ROWS = (
+    Row("gfx", 2, "low", Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)),
+    Row("gfx", 2, "middle", Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1)),
+    Row("gfx", 2, "high", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    Row("gfx", 4, "low", Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    Row("gfx", 4, "middle", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    Row("gfx", 4, "high", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    Row("sm_12", 2, "low", Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 2), trains=2,
+        decoding=Blocks(16, 64, 4, 1), few_backward=Blocks(64, 32, 8, 2), why="more stages spill"),
+    Row("sm_12", 2, "low", Blocks(64, 64, 8, 1), Blocks(32, 64, 4, 2), trains=1,
+        decoding=Blocks(16, 64, 4, 1), few_backward=Blocks(64, 32, 8, 2), why="more stages spill"),
+    Row("sm_12", 2, "middle", Blocks(64, 32, 8, 1), Blocks(64, 64, 8, 1), why="64 features forward spill"),
+    Row("sm_8", 2, "low", Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), trains=1),
+    Row("sm_8", 2, "low", Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2), bond=6, why="64 features backward spill"),
+    Row("sm_8", 2, "low", Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), bottleneck=17,
+        few_backward=Blocks(32, 64, 8, 2), why="the compiler stops at 128 registers, and spills"),
+    Row("sm_8", 2, "low", Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2),
+        few_backward=Blocks(64, 64, 8, 1), why="the compiler stops at 128 registers, and spills"),
+    Row("sm_10", 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3), trains=2, bottleneck=65,
+        decoding=Blocks(16, 64, 4, 2), few_backward=Blocks(32, 64, 8, 2), why="8 warps for few rows spill"),
+    Row("sm_10", 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3),
+        decoding=Blocks(16, 64, 4, 2), few_backward=Blocks(64, 32, 8, 2), why="8 warps for few rows spill"),
+    Row("sm_10", 4, "low", Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1),
+        why="at 64 rows the compiler fails when it splits fp32 products in three (triton 3.7.1)"),
+    Row(None, 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    Row(None, 2, "middle", Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
+    Row(None, 2, "high", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    Row(None, 4, "low", Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1)),
+    Row(None, 4, "middle", Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
+    Row(None, 4, "high", Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1),
+        why="32 rows backward spill hundreds of bytes, and need more than 99 KiB of shared memory"),
+)  # fmt: skip
+
+
 def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
-    """The largest blocks that no class of shapes was seen to spill with; `bench.resources` checks them."""
+    """The plan by the table."""
     KP, A = max(side.KP for side in all_sides), max(side.A for side in all_sides)
-    small = KP == 16 and A <= KEPT
-    amd = arch.startswith("gfx")
-    adapter, bottleneck = len(all_sides) == 4, all_sides[1].size
-    few_forward = few_backward = None
-    if KP > 32:
-        forward = Blocks(32, 32, 4, 1)
-        # In fp32 a backward of 32 rows spills hundreds of bytes, and needs more than 99 KiB of shared memory.
-        backward = Blocks(16, 32, 4, 1) if itemsize > 2 and not amd else forward
-    elif itemsize > 2 and amd:
-        forward, backward = Blocks(64 if small else 32, 32, 4, 1), Blocks(32, 32, 4, 1)
-    elif itemsize > 2:
-        forward = Blocks(64 if small else 32, 32, 8, 1)
-        # On sm_100 the compiler fails at 64 rows when it splits fp32 products in three (triton 3.7.1).
-        backward = Blocks(64, 16, 8, 1) if small and not arch.startswith("sm_10") else Blocks(32, 16, 4, 1)
-    elif not small and amd:
-        forward, backward = Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1)
-    elif not small:
-        forward, backward = Blocks(64, 32 if arch.startswith("sm_12") else 64, 8, 1), Blocks(64, 64, 8, 1)
-    elif amd:
-        forward, backward = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1)
-    # Of what follows, some kernels are stopped by the compiler at 128 registers or fewer, and spill, in other blocks.
-    elif arch.startswith("sm_12"):
-        forward, backward = Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 2) if adapter else Blocks(32, 64, 4, 2)
-        few_forward, few_backward = Blocks(16, 64, 4, 1), Blocks(64, 32, 8, 2)
-    elif arch.startswith("sm_8") and not adapter:
-        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
-    elif arch.startswith("sm_8") and A > 5:
-        forward, backward = Blocks(64, 64, 4, 3), Blocks(64, 32, 8, 2)
-    elif arch.startswith("sm_8"):
-        forward = backward = Blocks(64, 64, 8, 2)
-        few_backward = Blocks(32, 64, 8, 2) if bottleneck > 16 else Blocks(64, 64, 8, 1)
-    elif arch.startswith("sm_10"):
-        forward = backward = Blocks(64, 64, 8, 3)
-        few_forward = Blocks(16, 64, 4, 2)
-        few_backward = Blocks(32, 64, 8, 2) if adapter and bottleneck > 64 else Blocks(64, 32, 8, 2)
-    else:
-        forward, backward = Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)
+    rank = "high" if KP > 32 else "low" if KP == 16 and A <= KEPT else "middle"
+    key = arch, min(itemsize, 4), rank, len(all_sides) // 2, A, all_sides[1].size
+    row = next(row for row in ROWS if row.serves(*key))
+    few = row.decoding or row.forward
     # Few rows by so many features that a thread still loads 16 bytes at once.
-    few = few_forward or forward
-    rows, threads = 16 if small else 32, few.warps * (64 if amd else 32)
+    rows, threads = 16 if rank == "low" else 32, few.warps * (64 if arch.startswith("gfx") else 32)
     few = replace(few, n=rows, c=max(few.c, 16 * threads // (itemsize * rows)), stages=min(few.stages, 2))
-    kernels = few, forward, few_backward or backward, backward
+    kernels = few, row.forward, row.few_backward or row.backward, row.backward
     return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
 
 
