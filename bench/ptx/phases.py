@@ -1,0 +1,68 @@
+"""The phases of a kernel: its own statements, each loop and what lies between, by the source line of an instruction."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_PLACE = re.compile(r"([\w.]+\.py):(\d+):\d+")
+_LIBRARY = ("tl", "triton")
+
+
+def phases_of(kernel: Any) -> Callable[[str], str | None]:
+    """The phase of a source location, `file.py:line:column @[ file.py:line:column ... ]` from the inside out.
+
+    A loop is a phase, as are the loops in it, a call of a device function that stands alone, and what is between them.
+    """
+    function = getattr(kernel, "fn", kernel)
+    lines, start = inspect.getsourcelines(function)
+    tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    file = Path(inspect.getsourcefile(function) or "").name
+    by_line: dict[int, str] = {}
+    _name(tree.body, "", start - 1, by_line)  # type: ignore[attr-defined]
+
+    def phase_of(loc: str) -> str | None:
+        places = _PLACE.findall(loc)
+        return by_line.get(int(places[-1][1])) if places and places[-1][0] == file else None
+
+    return phase_of
+
+
+def _name(body: list[ast.stmt], inside: str, offset: int, by_line: dict[int, str]) -> None:
+    """Name the lines of statements: those of a run of plain ones after its first line."""
+    run = ""
+    for statement in body:
+        first = statement.lineno + offset
+        of_loop = isinstance(statement, ast.For | ast.While)
+        called = _called(statement)
+        if of_loop:
+            target = statement.target if isinstance(statement, ast.For) else statement.test  # type: ignore[union-attr]
+            name, run = f"{inside}for {ast.unparse(target)}:{first}", ""
+        elif called:
+            name, run = f"{inside}{called}:{first}", ""
+        elif isinstance(statement, ast.If):
+            name = run or f"{inside}from {first}"
+            run = ""
+        else:
+            name = run = run or f"{inside}from {first}"
+        for line in range(first, (statement.end_lineno or statement.lineno) + offset + 1):
+            by_line[line] = name
+        if of_loop:
+            _name(statement.body, f"{name} / ", offset, by_line)  # type: ignore[attr-defined]
+        elif isinstance(statement, ast.If):
+            _name(statement.body, inside, offset, by_line)
+            _name(statement.orelse, inside, offset, by_line)
+
+
+def _called(statement: ast.stmt) -> str:
+    """The device function that a statement calls and does nothing else, or ""."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call):
+        return ""
+    name = ast.unparse(call.func)
+    return "" if name.split(".")[0] in _LIBRARY else name.split(".")[-1]
