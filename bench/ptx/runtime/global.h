@@ -105,6 +105,7 @@ static void release(CTA& c, const Warp& w, u64 address) {  // its own accesses, 
     c.stores.resize(left);
     add_up_where(c, [&](const Sum& s) { return s.warp == (u32)w.id || s.epoch < c.epoch; });
   }
+  if (!S->C.checks) return;
   auto& clock = S->released[address];
   if (clock.empty()) clock.assign(S->programs, 0);
   for (int i = 0; i < S->programs; i++) clock[i] = std::max(clock[i], c.clock[i]);

@@ -50,19 +50,24 @@ INL void each(u8* r, const u8* constants, const i32* o, u32 mask, F f, std::inde
 
 struct Plain { std::string name, widths; Run run; };
 static std::vector<Plain>& plain_table() { static std::vector<Plain> table; return table; }
-template <class T> std::string width() { return std::is_same_v<T, bool> ? "1" : std::to_string(8 * sizeof(T)); }
+template <class T> constexpr int width = std::is_same_v<T, bool> ? 1 : 8 * sizeof(T);
+// Under each of several names, with blanks between them.
+__attribute__((noinline)) static void add_plain(const std::string& names, std::initializer_list<int> widths, Run run) {
+  std::string text;
+  for (int w : widths) text += (text.empty() ? "" : " ") + std::to_string(w);
+  for (size_t at = 0; at < names.size();) {
+    size_t end = std::min(names.find(' ', at), names.size());
+    plain_table().push_back({names.substr(at, end - at), text, run});
+    at = end + 1;
+  }
+}
 
 // op<D(A, B)>("name another", f): d = f(a, b) for every lane.
 template <class Signature> struct Define;
 template <class D, class... A> struct Define<D(A...)> {
   template <class F> static void as(const std::string& names, F) {
-    Run run = [](u8* r, const u8* c, const i32* o, u32 m) { each<D, A...>(r, c, o, m, F{}, std::index_sequence_for<A...>{}); };
-    std::string widths = width<D>() + ((" " + width<A>()) + ... + "");
-    for (size_t at = 0; at < names.size();) {
-      size_t end = std::min(names.find(' ', at), names.size());
-      plain_table().push_back({names.substr(at, end - at), widths, run});
-      at = end + 1;
-    }
+    add_plain(names, {width<D>, width<A>...}, [](u8* r, const u8* c, const i32* o, u32 m) {
+      each<D, A...>(r, c, o, m, F{}, std::index_sequence_for<A...>{}); });
   }
 };
 template <class Signature, class F> void op(const std::string& names, F f) { Define<Signature>::as(names, f); }
