@@ -18,6 +18,7 @@ from loretta_kernels.call import Call
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "LORETTA_BACKEND"
+PTX_VARIABLE = "LORETTA_PTX"  # an architecture, sm_80 or sm_90: its PTX is executed for tensors on the CPU
 OLDEST_TRITON = (3, 6)
 
 
@@ -117,11 +118,16 @@ def why_not_triton(call: Call) -> str | None:
     if (reason := why_no_triton()) is not None:
         return reason
     device = call.x.device
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type != "cuda" and not (device.type == "cpu" and _runs_on_cpu()):
         return f"the tensors are on {device}, not on a GPU"
     if any(t is not None and t.dtype is torch.float64 for t in call.tensors):
         return "the kernels compute in fp32, and there are fp64 tensors"
     return None
+
+
+def _runs_on_cpu() -> bool:
+    """Whether the kernels are executed on the CPU, to test them: interpreted, or as PTX."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or bool(os.environ.get(PTX_VARIABLE))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,10 @@ class Executor:
         """The findings that are more than odd."""
         return [finding for finding in self.findings if finding.is_error]
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"sm_(8\d|90)", self.arch):
+            raise ValueError(f"the executor knows PTX for sm_80 to sm_90, got {self.arch!r}")
+
     def __call__(self, launch: Any) -> None:
         """Execute a launch on its CPU tensors."""
         self.launches.append(self._executed(launch))
@@ -190,20 +195,23 @@ class Executor:
         )
 
 
-_programs: dict[Any, tuple[str, int, Program]] = {}
+_compiled: dict[Any, tuple[str, int]] = {}
+_programs: dict[tuple[Any, str], Program] = {}
 
 
 def _assembled(launch: Any, arch: str, change: Callable[[str], str] | None) -> tuple[str, int, Program]:
     """A launch's PTX, its shared memory and program, kept in this process; `change` makes another of it."""
     source = launch.source()
-    key = launch.kernel, arch, str(source["signature"]), str(source["constexprs"]), str(source["attrs"]), str(launch.options())
-    if key not in _programs:
-        ptx, shared = ptx_of(launch, arch)
-        _programs[key] = ptx, shared, assemble(parse(ptx), phases_of(launch.kernel))
-    ptx, shared, program = _programs[key]
-    if change is None or (changed := change(ptx)) == ptx:
-        return ptx, shared, program
-    return changed, shared, assemble(parse(changed), phases_of(launch.kernel))
+    parts = source["signature"], source["constexprs"], source["attrs"], launch.options()
+    key = launch.kernel, arch, *map(str, parts)
+    if key not in _compiled:
+        _compiled[key] = ptx_of(launch, arch)
+    ptx, shared = _compiled[key]
+    if change:
+        ptx = change(ptx)
+    if (launch.kernel, ptx) not in _programs:
+        _programs[launch.kernel, ptx] = assemble(parse(ptx), phases_of(launch.kernel))
+    return ptx, shared, _programs[launch.kernel, ptx]
 
 
 def _buffers(tensors: dict[str, Tensor], written: set[str]) -> tuple[list[Any], dict[str, int], list[list[str]]]:

@@ -190,6 +190,8 @@ class _Reader:
             return [Instruction("VOTE", [operands[0]], [self._source(operands[1], 1)], [_VOTES.index(parts[1])])]
         if opcode.startswith("cp.async"):
             return [self._copy(parts, operands)]
+        if head == "createpolicy":  # caches have no policy here
+            return [self._plain("mov.b64", [operands[0], "0"])]
         if opcode.startswith("wgmma.wait_group"):
             return [Instruction("WGMMA_WAIT", k=[int(operands[0])])]
         for pattern, make in ((_MATRIX, self._matrix), (_MMA, self._mma), (_WGMMA, self._wgmma)):
@@ -289,7 +291,7 @@ class _Reader:
         operation = next(part for part in parts if part in _OPERATION)
         semantics = next((part for part in parts if part in _SEMANTICS), "relaxed")
         rest = set(parts) - {"global", "gpu", semantics, operation, f"v{elements}", kind, "noftz"}
-        if parts[0] != "global" or "gpu" not in parts or rest:
+        if "global" not in parts or "gpu" not in parts or rest:
             raise UnknownInstruction(f"atomic {' '.join(sorted(rest))}")
         bits = 32 if kind.endswith("x2") else int(re.sub(r"\D", "", kind))
         results = operands.pop(0).strip("{} ").replace(",", " ").split() if head == "atom" else []

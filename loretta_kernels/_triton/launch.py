@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loretta_kernels._dispatch import PTX_VARIABLE
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -63,10 +68,22 @@ DO_NOT_SPECIALIZE = ("N",)
 
 def execute(launch: Launch) -> None:
     """Run it on the device of its tensors: every launch of the library passes here."""
-    with torch.cuda.device_of(next(value for value in launch.args.values() if isinstance(value, Tensor))):
+    tensor = next(value for value in launch.args.values() if isinstance(value, Tensor))
+    if tensor.device.type == "cpu" and (arch := os.environ.get(PTX_VARIABLE)):
+        return _execute_ptx(launch, arch)
+    with torch.cuda.device_of(tensor):
         launch.kernel[launch.grid](
             **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
         )
+
+
+def _execute_ptx(launch: Launch, arch: str) -> None:
+    """Run what would be compiled for this architecture on the CPU, by the executor in the repository's bench folder."""
+    try:
+        executor = import_module("bench.ptx")
+    except ImportError as error:
+        raise RuntimeError(f"{PTX_VARIABLE} needs the repository's folder on the path: {error}") from None
+    executor.execute(launch, arch)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -11,10 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from loretta_kernels._dispatch import PTX_VARIABLE
 from loretta_kernels._triton.plan import Blocks, Plan
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-DEFAULT_ARCHITECTURE = "sm_90"
+DEFAULT_ARCHITECTURE = os.environ.get(PTX_VARIABLE) or "sm_90"
 
 
 def rows_of(x: Tensor, features: int) -> Tensor:

@@ -164,7 +164,8 @@ template <class T> void halves(const std::string& type) {
 }
 
 template <class D, class A> void convert(const std::string& to, const std::string& from) {
-  op<D(A)>("cvt." + to + "." + from, [](A a) { return (D)a; });
+  op<D(A)>("cvt." + to + "." + from, [](A a) {
+    if constexpr (std::is_integral_v<D>) return (D)a; else return D((float)a); });
 }
 template <class D> void convert_to(const std::string& to) {
   convert<D, u16>(to, "u16"); convert<D, i16>(to, "s16"); convert<D, u32>(to, "u32"); convert<D, i32>(to, "s32");
@@ -256,7 +257,7 @@ static void define_plain() {
   halves<Fp16>("f16");
 
   convert_to<u16>("u16"); convert_to<i16>("s16"); convert_to<u32>("u32"); convert_to<i32>("s32"); convert_to<u64>("u64");
-  convert_to<i64>("s64"); convert_to<float>("rn.f32");
+  convert_to<i64>("s64"); convert_to<float>("rn.f32"); convert_to<Fp16>("rn.f16"); convert_to<Bf16>("rn.bf16");
   rounded("rni", [](float a) { return std::nearbyintf(a); });
   rounded("rzi", [](float a) { return truncf(a); });
   rounded("rmi", [](float a) { return floorf(a); });
