@@ -17,7 +17,8 @@ _LIBRARY = ("tl", "triton")
 def phases_of(kernel: Any) -> Callable[[str], str | None]:
     """The phase of a source location, `file.py:line:column @[ file.py:line:column ... ]` from the inside out.
 
-    A loop is a phase, as are the loops in it, a call of a device function that stands alone, and what is between them.
+    A loop is a phase, and so is each loop in it; outside of loops, so is a call of a device function that stands alone,
+    and what lies between.
     """
     function = getattr(kernel, "fn", kernel)
     lines, start = inspect.getsourcelines(function)
@@ -33,30 +34,29 @@ def phases_of(kernel: Any) -> Callable[[str], str | None]:
     return phase_of
 
 
-def _name(body: list[ast.stmt], inside: str, offset: int, by_line: dict[int, str]) -> None:
-    """Name the lines of statements: those of a run of plain ones after its first line."""
-    run = ""
+def _name(body: list[ast.stmt], loop: str, offset: int, by_line: dict[int, str]) -> None:
+    """Name the lines of statements, which are in a loop or in none."""
+    run = ""  # of statements outside of loops, by its first line
     for statement in body:
         first = statement.lineno + offset
-        of_loop = isinstance(statement, ast.For | ast.While)
-        called = _called(statement)
-        if of_loop:
-            target = statement.target if isinstance(statement, ast.For) else statement.test  # type: ignore[union-attr]
-            name, run = f"{inside}for {ast.unparse(target)}:{first}", ""
-        elif called:
-            name, run = f"{inside}{called}:{first}", ""
-        elif isinstance(statement, ast.If):
-            name = run or f"{inside}from {first}"
+        if isinstance(statement, ast.For | ast.While):
+            head = statement.target if isinstance(statement, ast.For) else statement.test
+            name = f"{loop}{' / ' if loop else ''}for {ast.unparse(head)}:{first}"
             run = ""
+        elif loop:
+            name = loop
+        elif called := _called(statement):
+            name, run = f"{called}:{first}", ""
         else:
-            name = run = run or f"{inside}from {first}"
+            name = run = run or f"from {first}"
         for line in range(first, (statement.end_lineno or statement.lineno) + offset + 1):
             by_line[line] = name
-        if of_loop:
-            _name(statement.body, f"{name} / ", offset, by_line)  # type: ignore[attr-defined]
+        if isinstance(statement, ast.For | ast.While):
+            _name(statement.body, name, offset, by_line)
         elif isinstance(statement, ast.If):
-            _name(statement.body, inside, offset, by_line)
-            _name(statement.orelse, inside, offset, by_line)
+            run = ""
+            _name(statement.body, loop, offset, by_line)
+            _name(statement.orelse, loop, offset, by_line)
 
 
 def _called(statement: ast.stmt) -> str:
