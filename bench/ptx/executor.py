@@ -97,7 +97,6 @@ class Executor:
         checks: whether races, bounds and what nobody wrote are looked for.
         timing: whether cycles, sectors and wavefronts are counted.
         dram: bytes that L2 keeps, to count what DRAM sees; 0: don't.
-        in_flight: how many programs run side by side, in equal steps; 0: a few, at random.
         change: a function from PTX to PTX, for mutations.
     """
 
@@ -107,7 +106,6 @@ class Executor:
     checks: bool = True
     timing: bool = False
     dram: int = 0
-    in_flight: int = 0
     change: Callable[[str], str] | None = None
     launches: list[Executed] = field(default_factory=list)
 
@@ -128,6 +126,10 @@ class Executor:
     def __call__(self, launch: Any) -> None:
         """Execute a launch on its CPU tensors."""
         self.launches.append(self._executed(launch))
+
+    def resident(self, shared: int, warps: int) -> int:
+        """How many programs run side by side, in equal steps; 0: a few, at random."""
+        return 0
 
     def _executed(self, launch: Any) -> Executed:
         ptx, shared, program = _assembled(launch, self.arch, self.change)
@@ -158,7 +160,7 @@ class Executor:
             self.adversarial,
             self.checks,
             self.timing,
-            self.in_flight,
+            self.resident(shared, program.code.threads // 32),
             self.dram // 32,
         )
         programs = grid[0] * grid[1] * grid[2]
@@ -274,8 +276,10 @@ def _finding(each: Any, kernel: str, program: Program, owners: list[list[str]], 
 
 
 @contextmanager
-def executing(arch: str = "sm_90", **options: Any) -> Iterator[Executor]:
+def executing(arch: str = "sm_90", *, executor: Executor | None = None, **options: Any) -> Iterator[Executor]:
     """Execute the launches made inside with CPU tensors, as compiled for `arch`; `options` are those of `Executor`.
+
+    An `executor` takes the place of a new one.
 
     Memory that torch allocates inside starts as NaN, so that what nobody wrote is found. The backend "triton" serves
     CPU tensors inside.
@@ -287,11 +291,11 @@ def executing(arch: str = "sm_90", **options: Any) -> Iterator[Executor]:
     from loretta_kernels._triton import launch
     from loretta_kernels._triton.operands import planning_for
 
-    executor = Executor(arch, **options)
+    executor = executor or Executor(arch, **options)
     with ExitStack() as stack:
-        stack.enter_context(planning_for(arch))
+        stack.enter_context(planning_for(executor.arch))
         stack.enter_context(patch.object(launch, "execute", executor))
-        stack.enter_context(patch.dict(os.environ, {VARIABLE: arch}))
+        stack.enter_context(patch.dict(os.environ, {VARIABLE: executor.arch}))
         for owner, name in _ALLOCATORS:
             stack.enter_context(patch.object(owner, name, _unwritten(getattr(owner, name))))
         yield executor

@@ -1,71 +1,88 @@
-"""bench.traffic counts what a kernel moves, and fails on one that moves too much."""
+"""bench.traffic counts what DRAM moves, and fails on a kernel that moves too much."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
+import torch
 
 from bench.classes import FIRST_RATE
-from bench.traffic import ROWS
-from loretta_kernels.explain import traffic
-from tests.bench.processes import run_python
 
-pytest.importorskip("triton")
-from loretta_kernels._triton.plan import adapter_plan, linear_plan
+triton = pytest.importorskip("triton")
+import triton.language as tl
 
-SMALL = ("cls 768 5", "rep 768→2304 8 5")
+from bench import traffic
+from loretta_kernels._triton.launch import Launch
 
-
-@pytest.fixture(scope="module")
-def counted() -> list[dict[str, Any]]:
-    """What small classes move, forward and backward."""
-    ran = run_python("-m", "bench.traffic", "--classes", *SMALL, "--json")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return json.loads(ran.stdout)["rows"]
+FEATURES, BLOCK, PROGRAMS = 64, 16, 8
+TENSOR = PROGRAMS * BLOCK * FEATURES * 4
+IN_FLIGHT = 2 * TENSOR  # x and y of all programs, as they run side by side
 
 
-def test_a_small_class_passes(counted: list[dict[str, Any]]) -> None:
-    forward, backward = (row for row in counted if row["case"] == "cls 768 5")
+@triton.jit
+def _reading(x_ptr, y_ptr, sums_ptr, READS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr):
+    """y = x + sum(x), where every pass over x is one loop over the rows of a program."""
+    c = tl.arange(0, FEATURES)
+    first = tl.program_id(0) * BLOCK
+    sums = tl.full([FEATURES], 0, tl.float32)
+    for _ in range(READS - 1):
+        for row in range(BLOCK):
+            sums += tl.load(x_ptr + (first + row) * FEATURES + c)
+    for row in range(BLOCK):
+        tl.store(y_ptr + (first + row) * FEATURES + c, tl.load(x_ptr + (first + row) * FEATURES + c) + tl.sum(sums))
+    tl.atomic_add(sums_ptr + c, sums)
+
+
+def reading(reads: int, l2: int) -> traffic.Waves:
+    """The kernel, executed with so many bytes of L2."""
+    x = torch.randn(PROGRAMS * BLOCK, FEATURES)
+    y, sums = torch.empty_like(x), torch.zeros(FEATURES)
+    executor = traffic.Waves(bytes_of_l2=l2)
+    args = {"x_ptr": x, "y_ptr": y, "sums_ptr": sums}
+    executor(Launch(_reading, (PROGRAMS,), args, {"READS": reads, "BLOCK": BLOCK, "FEATURES": FEATURES}, 1, 1))
+    torch.testing.assert_close(sums, x.sum(0) * (reads - 1), rtol=1e-4, atol=1e-4)
+    return executor
+
+
+@pytest.mark.parametrize(
+    ("reads", "l2", "times"),
+    [(1, 2**20, 1), (3, 2**20, 1), (3, 2 * TENSOR + 4096, 1), (3, TENSOR // 2, 3)],
+    ids=["once", "from-L2", "from-an-L2-that-just-suffices", "too-much-in-between"],
+)
+def test_a_second_reading_is_free_where_little_was_touched_in_between(reads, l2, times):
+    moved = traffic.of_launches("", "forward", True, reading(reads, l2).launches, PROGRAMS * BLOCK, 2 * TENSOR)
+    assert moved.by_tensor["x_ptr"] == {"read": times * TENSOR, "written": 0}
+    assert moved.by_tensor["y_ptr"] == {"read": 0, "written": TENSOR}
+    assert moved.by_tensor["sums_ptr"]["written"] >= FEATURES * 4
+    assert moved.issued == (reads + 1) * TENSOR + PROGRAMS * FEATURES * 4
+    assert bool(moved.failures()) == (times > 1)
+
+
+def test_all_programs_of_a_wave_take_from_l2_what_the_others_leave():
+    """One program's rows would fit four times; those of all do not."""
+    x = reading(2, TENSOR // 2).launches[0].traffic["x_ptr"]
+    assert x["dram_read"] * traffic.SECTOR == 2 * TENSOR
+
+
+def test_fails_on_a_second_launch():
+    launches = [*reading(1, 2**20).launches, *reading(1, 2**20).launches]
+    assert traffic.of_launches("", "forward", True, launches, 1, 4 * TENSOR + 4096).failures() == ["2 launches"]
+
+
+def test_counts_a_class_forward_and_backward(capsys):
+    code = traffic.main(["--classes", "cls 768 5", "--rows", "200", "--json"])
+    forward, backward = json.loads(capsys.readouterr().out)["rows"]
+    size = 200 * 768 * 2
+    assert code == 0
     assert forward["launches"] == backward["launches"] == 1
-    row = 768 * 2
-    moved = forward["by_tensor"]
-    assert (moved["load x"], moved["store y"], moved["store waist"]) == (row, row, 5 * 4)
-    moved = backward["by_tensor"]
-    assert (moved["load x"], moved["load dy"], moved["store dx"]) == (row, row, row)
-    assert 1 < forward["ratio"] < 1.6
-    assert 1 < backward["ratio"] < 1.5
+    assert forward["by_tensor"]["x_ptr"] == {"read": size, "written": 0}
+    assert forward["by_tensor"]["y_ptr"] == {"read": 0, "written": size}
+    assert backward["by_tensor"]["dx_ptr"] == {"read": 0, "written": size}
+    assert backward["by_tensor"]["x_ptr"] == backward["by_tensor"]["dy_ptr"] == {"read": size, "written": 0}
 
 
-def test_explain_tells_what_is_counted(counted: list[dict[str, Any]]) -> None:
-    for row in counted:
-        (case,) = (case for case in FIRST_RATE if case.name == row["case"])
-        plan = (linear_plan if len(case.shapes) == 1 else adapter_plan)(*case.shapes, 2, "sm_90")
-        first, last = case.shapes[0], case.shapes[1] if len(case.shapes) == 2 else None
-        told = traffic(plan, first, last, case.operator == "tt_lora", 2, ROWS)
-        programs, moved, compulsory = told[row["direction"] == "backward"]
-        assert programs == ROWS / 64
-        assert compulsory == ROWS * row["compulsory"]
-        assert moved / compulsory == pytest.approx(row["ratio"], rel=0.02), (row["case"], row["direction"])
-
-
-@pytest.mark.parametrize(("reads", "code", "ratio"), [(1, 0, 1.0), (2, 0, 1.5), (3, 1, 2.0)])
-def test_fails_on_a_kernel_that_reads_too_often(reads: int, code: int, ratio: float) -> None:
-    ran = run_python("-m", "tests.bench.copying", str(reads))
-    assert ran.returncode == code, ran.stdout + ran.stderr
-    result = json.loads(ran.stdout)
-    (row,) = result["rows"]
-    # the bias, 64 features of fp32, counts once for each of the programs, of 16 rows each
-    assert row["per_row"] == ratio * 256 + 256 / 16
-    assert row["by_tensor"]["atomic sums"] == 0
-    assert row["once"] == 32
-    assert row["from_l1"] == reads * 256 / 16
-    assert row["resident"] == 256
-    assert bool(result["failures"]) == bool(code)
-
-
-def test_fails_on_a_second_launch() -> None:
-    ran = run_python("-m", "tests.bench.copying", "1", "twice")
-    assert ran.returncode == 1, ran.stdout + ran.stderr
-    assert any("2 launches" in failure for failure in json.loads(ran.stdout)["failures"])
+def test_gates_the_adapters_of_small_rank():
+    gated = [case.name for case in FIRST_RATE if case.operator == "tt_adapter" and case.rank <= traffic.GATED_RANK]
+    assert "adp 4096x64x5" in gated
+    assert "adp 4096x64x16" not in gated
