@@ -178,7 +178,7 @@ def _table(rows: list[Traffic], bandwidth: float) -> str:
 def _share(name: str, counts: dict[str, int]) -> str:
     """What DRAM reads and writes of one argument."""
     parts = [f"{action} {size / 1e6:.1f}" for action, size in counts.items() if size]
-    return f"{name.removesuffix('_ptr')} {' '.join(parts) or '0'}"
+    return f"{name.replace('_ptr', '')} {' '.join(parts) or '0'}"
 
 
 if __name__ == "__main__":

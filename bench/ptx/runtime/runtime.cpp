@@ -255,7 +255,7 @@ static void run_grid() {
       flying.erase(flying.begin() + at);
       continue;
     }
-    if (C.in_flight) for (Warp* w : ready) run_warp(c, *w, 256);  // side by side, as on a GPU
+    if (C.in_flight) for (Warp* w : ready) run_warp(c, *w, 32);  // side by side, as on a GPU
     else { u32 z = rnd(16); run_warp(c, *ready[rnd((u32)ready.size())], z < 3 ? 1 + rnd(6) : z == 15 ? 3000 : 1 + rnd(300)); }
     if (s.steps > C.limit) { s.report(ENDLESS, ready[0]->pc, 0, &c, ready[0]->id, 0, 0); return; }
     if (C.adversarial && rnd(8) == 0) for (auto& f : flying) if (rnd(2)) publish_some(*f);
