@@ -1,9 +1,10 @@
 """python -m bench.ptx: every operator as compiled PTX, executed on the CPU and judged against its definition in fp64.
 
-A row is a class, an architecture, a dtype and a number of rows, in several schedules: the error of the worst answer over
-what is allowed, whether the answers kept their bits over the schedules, and what was found (races, bounds, memory that
-nobody wrote, copies and products that nobody waited for). With --counters one more run counts instructions, sectors,
-wavefronts, round trips and cycles by phase. Exit code 1 when an answer is above its bar, or something is found.
+A line is a class, an architecture, a dtype and a number of rows, in several schedules: the error of the worst answer
+over what is allowed, whether the answers kept their bits over the schedules, and what was found (races, bounds, memory
+that nobody wrote, copies and products that nobody waited for). With --counters one more run counts instructions,
+sectors, wavefronts, round trips and cycles by phase. Exit code 1 when an answer is above its bar, or something is
+found.
 """
 
 from __future__ import annotations
@@ -187,14 +188,22 @@ def _table(outcomes: list[Outcome]) -> str:
 def _counters(where: str, launch: Any, of_launch: list[Phase]) -> str:
     """A launch's phases, its sectors by argument, and its lines that stall most."""
     header = (
-        "phase", "programs", "instructions", "cycles", "reordered", "trips", "reordered", "wavefronts", "ideal", "sectors",
+        "phase", "programs", "instructions", "cycles", "reordered", "trips", "reordered", "wavefronts", "ideal",
+        "sectors",
     )  # fmt: skip
     rows = [tuple(asdict(phase).values())[1:] for phase in of_launch]
     sectors = {name: {k: n for k, n in counts.items() if n} for name, counts in launch.traffic.items()}
     stalls = [f"  {cycles:8d}  {loc}" for cycles, loc in costly_lines(launch, "stalled", 8)]
     title = f"{launch.kernel} {launch.grid}, {launch.warps} warps, {launch.shared} bytes of shared memory: {where}"
     moved = [f"  {name}: {counts}" for name, counts in sectors.items() if counts]
-    parts = [title, text_table(header, rows), "sectors of 32 bytes:", *moved, "cycles that a warp stalls, by line:", *stalls]
+    parts = [
+        title,
+        text_table(header, rows),
+        "sectors of 32 bytes:",
+        *moved,
+        "cycles that a warp stalls, by line:",
+        *stalls,
+    ]
     return "\n".join(parts)
 
 

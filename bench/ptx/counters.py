@@ -1,9 +1,9 @@
 """What a launch costs, by phase: instructions, cycles on a simple scoreboard, round trips, shared memory, sectors.
 
 The scoreboard is one program's alone on its multiprocessor: a warp issues in order, one instruction a scheduler and
-cycle, when its operands are ready (ALU 5 cycles, special functions 20, shared memory 30, mma 33, L1 35, L2 280, atomics
-300, a barrier 20). `cycles` follows PTX's order; `reordered` lets every basic block run in the best order, as ptxas may.
-For comparing phases and kernels, not for predicting microseconds.
+cycle, when its operands are ready (ALU 5 cycles, special functions 20, shared memory 30, mma 33, L1 35, L2 280,
+atomics 300, a barrier 20). `cycles` follows PTX's order; `reordered` lets every basic block run in the best order, as
+ptxas may. For comparing phases and kernels, not for predicting microseconds.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class Finding:
         return self.what not in ODD
 
     def __str__(self) -> str:
-        text = f"{self.what}, {self.count} times: {self.loc or self.kernel}: {self.text} (PTX line {self.line}), {self.where}"
+        at = f"{self.loc or self.kernel}: {self.text} (PTX line {self.line})"
+        text = f"{self.what}, {self.count} times: {at}, {self.where}"
         return f"{text}; with {self.other}" if self.other else text
 
 
@@ -250,7 +251,9 @@ def _with_arguments(program: Program, arguments: list[Any], grid: tuple[int, ...
     """The program's constants with the values of its parameters."""
     constants = np.frombuffer(program.constants, np.uint8).copy()
     for index, (at, bits) in program.parameters_at.items():
-        value = grid[-1 - index] if index < 0 else arguments[index] if index < len(arguments) else 0  # Triton's own come last
+        value = (
+            grid[-1 - index] if index < 0 else arguments[index] if index < len(arguments) else 0
+        )  # Triton's own come last
         kind = program.code.parameters[index][0] if index >= 0 else "u"
         if kind == "f" or isinstance(value, float):
             lanes = np.full(32, value, np.float32 if bits == 32 else np.float64)

@@ -255,7 +255,11 @@ class _Reader:
         bits = self.parameters[index][1]
         if int(kind[1:]) != bits:
             raise UnknownInstruction(f"a parameter of {bits} bits")
-        wide = f"cvt.{self.parameters[index][0]}64.{self.parameters[index][0]}32" if width(result) > bits else f"mov.b{bits}"
+        wide = (
+            f"cvt.{self.parameters[index][0]}64.{self.parameters[index][0]}32"
+            if width(result) > bits
+            else f"mov.b{bits}"
+        )
         made = self._plain(wide.replace(".b", ".u") if wide.startswith("cvt") else wide, [result, "0"])
         made.sources = [Constant(bits, parameter=index)]
         return made
@@ -275,7 +279,7 @@ class _Reader:
         address, values = operands[:2] if head == "st" else operands[1::-1]
         words = values.strip("{} ").replace(",", " ").split()
         wide = max((width(word) for word in words if word[0] == "%"), default=bits)
-        if len(words) != elements or bits * elements > 128 or parts[-1][0] == "s" and wide != bits:
+        if len(words) != elements or bits * elements > 128 or (parts[-1][0] == "s" and wide != bits):
             raise UnknownInstruction("vector size")
         base, offset = self._address(address, 64 if space == "global" else 32)
         k = [offset, bits // 8, elements, access | 4 * ordered, wide // 8]
@@ -343,7 +347,8 @@ class _Reader:
         in_registers = operands[1][0] == "{"
         a = self._vector(operands[1], 32 if in_registers else 64)
         negate_a, negate_b, *transposed = map(int, operands[4:])
-        if K != (8 if kind == 2 else 16) or len(results) != N // 2:
+        size = 8 if kind == 2 else 16
+        if size != K or len(results) != N // 2:
             raise UnknownInstruction("sizes")
         by_columns, by_rows = ([0] * in_registers + transposed) if transposed else (0, 0)
         flags = in_registers | by_columns << 1 | by_rows << 2 | (negate_a != negate_b) << 3

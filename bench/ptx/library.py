@@ -18,7 +18,9 @@ PHASE_FIELDS = ("instructions", "cycles", "cycles_reordered", "trips", "trips_re
 
 def _structure(name: str, *fields: tuple[type, str]) -> type[ct.Structure]:
     """A structure of C with fields in groups of a type."""
-    return type(name, (ct.Structure,), {"_fields_": [(field, kind) for kind, names in fields for field in names.split()]})
+    return type(
+        name, (ct.Structure,), {"_fields_": [(field, kind) for kind, names in fields for field in names.split()]}
+    )
 
 
 Ins = _structure("Ins", (ct.c_int32, "kind plain guard negated first results operands k0 k1 k2 k3 k4 phase latency"))
@@ -71,7 +73,9 @@ def _compiled() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         new = Path(work) / path.name
         try:
-            subprocess.run(["g++", *FLAGS, str(SOURCE / "runtime.cpp"), "-o", str(new)], check=True, capture_output=True)
+            subprocess.run(
+                ["g++", *FLAGS, str(SOURCE / "runtime.cpp"), "-o", str(new)], check=True, capture_output=True
+            )
         except FileNotFoundError:
             raise RuntimeError("the executor of PTX is compiled by g++, which is not installed") from None
         except subprocess.CalledProcessError as error:

@@ -1,4 +1,4 @@
-"""Instructions as the executor takes them: registers in places that are used again, constants, what the kernel writes."""
+"""Instructions as the executor takes them: registers in places that are used again, constants, what is written."""
 
 from __future__ import annotations
 

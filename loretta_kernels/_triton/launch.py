@@ -70,7 +70,8 @@ def execute(launch: Launch) -> None:
     """Run it on the device of its tensors: every launch of the library passes here."""
     tensor = next(value for value in launch.args.values() if isinstance(value, Tensor))
     if tensor.device.type == "cpu" and (arch := os.environ.get(PTX_VARIABLE)):
-        return _execute_ptx(launch, arch)
+        _execute_ptx(launch, arch)
+        return
     with torch.cuda.device_of(tensor):
         launch.kernel[launch.grid](
             **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages

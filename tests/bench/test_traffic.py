@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from bench.classes import FIRST_RATE
-
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
 from bench import traffic
+from bench.classes import FIRST_RATE
 from loretta_kernels._triton.launch import Launch
 
 FEATURES, BLOCK, PROGRAMS = 64, 16, 8

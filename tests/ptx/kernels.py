@@ -36,7 +36,9 @@ def reversed_through_scratch(x_ptr, scratch_ptr, y_ptr, SIZE: tl.constexpr, BARR
 
 
 @triton.jit
-def sum_by_the_last(x_ptr, planes_ptr, arrived_ptr, y_ptr, SIZE: tl.constexpr, SEM: tl.constexpr, BARRIER: tl.constexpr):
+def sum_by_the_last(
+    x_ptr, planes_ptr, arrived_ptr, y_ptr, SIZE: tl.constexpr, SEM: tl.constexpr, BARRIER: tl.constexpr
+):
     """y = the sum over programs of x: each stores a plane, and the last to arrive adds them."""
     program, e = tl.program_id(0), tl.arange(0, SIZE)
     tl.store(planes_ptr + program * SIZE + e, tl.load(x_ptr + program * SIZE + e))
@@ -78,7 +80,15 @@ def wait_for_a_flag(flag_ptr):
 
 @triton.jit
 def product(
-    a_ptr, b_ptr, c_ptr, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """c [BM, BN] = a [BM, K] · b [K, BN]; or with b stored as [BN, K]."""
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]

@@ -73,7 +73,12 @@ def test_a_program_releases_what_its_warps_stored_before_a_barrier_only():
         arrived = torch.zeros(1, dtype=torch.int32)
         tensors = {"x_ptr": x, "planes_ptr": unwritten(5, 256), "arrived_ptr": arrived, "y_ptr": unwritten(256)}
         executor = run(
-            kernels.sum_by_the_last, (5,), tensors, constants, seed=seed, change=lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx, count=1)
+            kernels.sum_by_the_last,
+            (5,),
+            tensors,
+            constants,
+            seed=seed,
+            change=lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx, count=1),
         )
         found |= whats(executor)
     assert "race between programs" in found
@@ -192,14 +197,18 @@ def test_products_are_torchs(arch, dtype, precision, size, columns, bar, transpo
         assert not executor.errors
         exact = a.double() @ b.double()
         assert (c - exact).norm() <= bar * exact.norm()
-    opcodes = {instruction.text.split(".")[0].split()[-1] for instruction in executor.launches[0].program.code.instructions}
+    opcodes = {
+        instruction.text.split(".")[0].split()[-1] for instruction in executor.launches[0].program.code.instructions
+    }
     if precision != "ieee":
         assert ("wgmma" if arch == "sm_90" and size == 64 else "mma") in opcodes
         assert "cp" in opcodes
 
 
 @every_architecture
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 3e-3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bar"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 3e-3)], ids=str
+)
 def test_a_product_of_a_product_is_torchs(arch, dtype, bar):
     a, b, d = (torch.randn(64, 64).to(dtype) / 8 for _ in range(3))
     c = unwritten(64, 64)

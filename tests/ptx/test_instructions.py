@@ -29,35 +29,58 @@ def _operands(a_ptr, b_ptr, c_ptr, d_ptr):
     tl.store(d_ptr, tl.load(a_ptr) + tl.load(b_ptr) + tl.load(c_ptr))
 
 
-def executed(opcode: str, result: str, operands: tuple[str, ...], values: list[np.ndarray], immediates: str = "") -> np.ndarray:
+def executed(
+    opcode: str, result: str, operands: tuple[str, ...], values: list[np.ndarray], immediates: str = ""
+) -> np.ndarray:
     """What one instruction makes of 32 values of every operand, by a kernel of one warp."""
     lines, names = [], []
     for index, kind in enumerate(operands):
         bits = np.dtype(TYPES[kind]).itemsize * 8
         if kind == "p":
-            lines += [f"ld.global.b32 %r{90 + index}, [%rd{20 + index}];", f"setp.ne.b32 %p{5 + index}, %r{90 + index}, 0;"]
+            lines += [
+                f"ld.global.b32 %r{90 + index}, [%rd{20 + index}];",
+                f"setp.ne.b32 %p{5 + index}, %r{90 + index}, 0;",
+            ]
             names.append(f"%p{5 + index}")
         else:
             lines.append(f"ld.global.b{bits} {REGISTER[bits]}{10 + index}, [%rd{20 + index}];")
             names.append(f"{REGISTER[bits]}{10 + index}")
     if result == "p":
-        lines += [f"{opcode} %p1, {', '.join(names)}{immediates};", "selp.b32 %r50, 1, 0, %p1;", "st.global.b32 [%rd30], %r50;"]
+        lines += [
+            f"{opcode} %p1, {', '.join(names)}{immediates};",
+            "selp.b32 %r50, 1, 0, %p1;",
+            "st.global.b32 [%rd30], %r50;",
+        ]
         bits = 32
     else:
         bits = np.dtype(TYPES[result]).itemsize * 8
-        lines += [f"{opcode} {REGISTER[bits]}50, {', '.join(names)}{immediates};", f"st.global.b{bits} [%rd30], {REGISTER[bits]}50;"]
+        lines += [
+            f"{opcode} {REGISTER[bits]}50, {', '.join(names)}{immediates};",
+            f"st.global.b{bits} [%rd30], {REGISTER[bits]}50;",
+        ]
     head = ["mov.u32 %r1, %tid.x;"]
     for at, (parameter, width) in enumerate([*((i, _width(kind)) for i, kind in enumerate(operands)), (3, bits // 8)]):
         register = 30 if parameter == 3 else 20 + at
-        head += [f"ld.param.b64 %rd{register + 40}, [k_{parameter}];", f"mul.wide.u32 %rd{register + 20}, %r1, {width};"]
+        head += [
+            f"ld.param.b64 %rd{register + 40}, [k_{parameter}];",
+            f"mul.wide.u32 %rd{register + 20}, %r1, {width};",
+        ]
         head += [f"add.s64 %rd{register}, %rd{register + 40}, %rd{register + 20};"]
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 k_{i}" for i in range(4))
-    text = f".visible .entry _operands(\n{parameters}\n)\n.reqntid 32\n{{\n" + "\n".join([*head, *lines, "ret;"]) + "\n}\n"
+    text = (
+        f".visible .entry _operands(\n{parameters}\n)\n.reqntid 32\n{{\n" + "\n".join([*head, *lines, "ret;"]) + "\n}\n"
+    )
     tensors = {}
-    for name, value in zip(("a_ptr", "b_ptr", "c_ptr"), [*values, *[np.zeros(LANES, np.int32)] * (3 - len(values))], strict=True):
+    for name, value in zip(
+        ("a_ptr", "b_ptr", "c_ptr"), [*values, *[np.zeros(LANES, np.int32)] * (3 - len(values))], strict=True
+    ):
         value = value.astype(np.int32) if value.dtype == np.bool_ else value
-        tensors[name] = torch.from_numpy(value.view(np.uint8).copy()).view({2: torch.float16, 4: torch.int32, 8: torch.int64}[value.itemsize])
-    out = torch.zeros(LANES * bits // 8, dtype=torch.uint8).view({2: torch.float16, 4: torch.int32, 8: torch.int64}[bits // 8])
+        tensors[name] = torch.from_numpy(value.view(np.uint8).copy()).view(
+            {2: torch.float16, 4: torch.int32, 8: torch.int64}[value.itemsize]
+        )
+    out = torch.zeros(LANES * bits // 8, dtype=torch.uint8).view(
+        {2: torch.float16, 4: torch.int32, 8: torch.int64}[bits // 8]
+    )
     executor = run(_operands, (1,), tensors | {"d_ptr": out}, warps=1, checks=False, change=lambda ptx: text)
     assert not executor.errors
     answer = out.view(torch.uint8).numpy()
@@ -99,9 +122,17 @@ def quotient(a: int, b: int) -> int:
 
 
 INTEGERS = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul.lo": lambda a, b: a * b, "min": np.minimum, "max": np.maximum,
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul.lo": lambda a, b: a * b,
+    "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
-COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
@@ -109,10 +140,16 @@ def test_integers(kind):
     a, b, c = (drawn(kind, seed) for seed in range(3))
     bits = np.dtype(TYPES[kind]).itemsize * 8
     for name, function in INTEGERS.items():
-        assert (executed(f"{name}.{kind}", kind, (kind, kind), [a, b]) == wrapped(function(wide(a), wide(b)), kind)).all(), name
+        assert (
+            executed(f"{name}.{kind}", kind, (kind, kind), [a, b]) == wrapped(function(wide(a), wide(b)), kind)
+        ).all(), name
     for name, function in COMPARISONS.items():
-        assert (executed(f"setp.{name}.{kind}", "p", (kind, kind), [a, np.roll(a, 1)]) == function(a, np.roll(a, 1))).all(), name
-    assert (executed(f"mad.lo.{kind}", kind, (kind,) * 3, [a, b, c]) == wrapped(wide(a) * wide(b) + wide(c), kind)).all()
+        assert (
+            executed(f"setp.{name}.{kind}", "p", (kind, kind), [a, np.roll(a, 1)]) == function(a, np.roll(a, 1))
+        ).all(), name
+    assert (
+        executed(f"mad.lo.{kind}", kind, (kind,) * 3, [a, b, c]) == wrapped(wide(a) * wide(b) + wide(c), kind)
+    ).all()
     assert (executed(f"mul.hi.{kind}", kind, (kind, kind), [a, b]) == wrapped(wide(a) * wide(b) >> bits, kind)).all()
     b = np.where(b == 0, np.array(3, b.dtype), b)
     quotients = [quotient(int(x), int(y)) for x, y in zip(a, b, strict=True)]
@@ -138,7 +175,10 @@ def test_bits(kind):
         assert (executed(f"{name}.{kind}", kind, (kind, kind), [a, b]) == function(a, b)).all()
     assert (executed(f"not.{kind}", kind, (kind,), [a]) == ~a).all()
     shift = (drawn("u32", 5) % (bits + 8)).astype(np.uint32)
-    assert (executed(f"shl.{kind}", kind, (kind, "u32"), [a, shift]) == wrapped([int(x) << int(s) for x, s in zip(a, shift, strict=True)], kind)).all()
+    assert (
+        executed(f"shl.{kind}", kind, (kind, "u32"), [a, shift])
+        == wrapped([int(x) << int(s) for x, s in zip(a, shift, strict=True)], kind)
+    ).all()
     assert (executed(f"selp.{kind}", kind, (kind, kind, "p"), [a, b, p]) == np.where(p, a, b)).all()
     assert (executed(f"mov.{kind}", kind, (kind,), [a]) == a).all()
 
@@ -148,7 +188,9 @@ def test_fields_of_bits():
     assert (executed("bfe.u32", "u32", ("u32",), [a], ", 5, 7") == (a >> 5 & 127)).all()
     assert (executed("bfe.s32", "s32", ("u32",), [a], ", 5, 7") == (a.view(np.int32) << 20 >> 25)).all()
     assert (executed("bfe.s32", "s32", ("u32",), [a], ", 28, 8") == (a.view(np.int32) >> 28)).all()
-    assert (executed("bfi.b32", "u32", ("u32", "u32"), [a, b], ", 4, 8") == (b & ~np.uint32(0xFF0) | (a & 0xFF) << 4)).all()
+    assert (
+        executed("bfi.b32", "u32", ("u32", "u32"), [a, b], ", 4, 8") == (b & ~np.uint32(0xFF0) | (a & 0xFF) << 4)
+    ).all()
     assert (executed("prmt.b32", "u32", ("u32", "u32"), [a, b], ", 0x5410") == (a & 0xFFFF | b << 16)).all()
     assert (executed("lop3.b32", "u32", ("u32",) * 3, [a, b, ~a], ", 0xE8") == (a & b | a & ~a | b & ~a)).all()
     assert (executed("shf.l.wrap.b32", "u32", ("u32", "u32"), [a, b], ", 8") == (b << 8 | a >> 24)).all()
@@ -162,11 +204,14 @@ FLOATS = {
     "max.f32": np.maximum, "min.f32": np.minimum,
 }  # fmt: skip
 FUNCTIONS = {
-    "neg.f32": np.negative, "abs.ftz.f32": np.abs, "ex2.approx.ftz.f32": np.exp2, "sin.approx.f32": np.sin, "cos.approx.f32": np.cos,
-    "tanh.approx.f32": np.tanh, "cvt.rni.f32.f32": np.rint, "cvt.rmi.f32.f32": np.floor, "cvt.rpi.f32.f32": np.ceil, "cvt.rzi.f32.f32": np.trunc,
+    "neg.f32": np.negative, "abs.ftz.f32": np.abs, "ex2.approx.ftz.f32": np.exp2,
+    "sin.approx.f32": np.sin, "cos.approx.f32": np.cos, "tanh.approx.f32": np.tanh,
+    "cvt.rni.f32.f32": np.rint, "cvt.rmi.f32.f32": np.floor, "cvt.rpi.f32.f32": np.ceil,
+    "cvt.rzi.f32.f32": np.trunc,
 }  # fmt: skip
 OF_POSITIVE = {
-    "sqrt.rn.f32": np.sqrt, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "lg2.approx.f32": np.log2, "rcp.approx.f32": lambda x: 1 / x,
+    "sqrt.rn.f32": np.sqrt, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "lg2.approx.f32": np.log2,
+    "rcp.approx.f32": lambda x: 1 / x,
 }  # fmt: skip
 
 
@@ -174,16 +219,22 @@ def test_floats():
     a, b, c = (drawn("f32", seed) for seed in range(3))
     b[b == 0] = 1.0
     for opcode, function in FLOATS.items():
-        np.testing.assert_allclose(executed(opcode, "f32", ("f32", "f32"), [a, b]), function(a, b), rtol=1e-6, err_msg=opcode)
+        np.testing.assert_allclose(
+            executed(opcode, "f32", ("f32", "f32"), [a, b]), function(a, b), rtol=1e-6, err_msg=opcode
+        )
     for opcode, function in FUNCTIONS.items():
         np.testing.assert_allclose(executed(opcode, "f32", ("f32",), [a]), function(a), rtol=1e-6, err_msg=opcode)
     positive = np.abs(a) + np.float32(0.1)
     for opcode, function in OF_POSITIVE.items():
-        np.testing.assert_allclose(executed(opcode, "f32", ("f32",), [positive]), function(positive), rtol=2e-6, err_msg=opcode)
+        np.testing.assert_allclose(
+            executed(opcode, "f32", ("f32",), [positive]), function(positive), rtol=2e-6, err_msg=opcode
+        )
     fused = a.astype(np.float64) * b + c
     assert (executed("fma.rn.f32", "f32", ("f32",) * 3, [a, b, c]) == fused.astype(np.float32)).all()
     for name, function in COMPARISONS.items():
-        assert (executed(f"setp.{name}.f32", "p", ("f32", "f32"), [a, np.roll(a, 1)]) == function(a, np.roll(a, 1))).all(), name
+        assert (
+            executed(f"setp.{name}.f32", "p", ("f32", "f32"), [a, np.roll(a, 1)]) == function(a, np.roll(a, 1))
+        ).all(), name
 
 
 def test_not_a_number():
@@ -216,7 +267,10 @@ def test_conversions():
         both = executed(f"cvt.rn.{kind}x2.f32", "b32", ("f32", "f32"), [a, b]).view(np.uint16).reshape(-1, 2)
         assert (both[:, 0] == low.numpy().view(np.uint16)).all()
         assert (both[:, 1] == high.numpy().view(np.uint16)).all()
-        assert (executed(f"cvt.f32.{kind}", "f32", ("b16",), [high.numpy().view(np.uint16)]) == tensor_a.to(dtype).float().numpy()).all()
+        assert (
+            executed(f"cvt.f32.{kind}", "f32", ("b16",), [high.numpy().view(np.uint16)])
+            == tensor_a.to(dtype).float().numpy()
+        ).all()
     for kind in ("s32", "u32", "s64"):
         expected = np.clip(np.trunc(a), np.iinfo(TYPES[kind]).min, None).astype(TYPES[kind])
         assert (executed(f"cvt.rzi.{kind}.f32", kind, ("f32",), [a]) == expected).all()
