@@ -218,3 +218,12 @@ def test_a_product_of_a_product_is_torchs(arch, dtype, bar):
         assert not executor.errors
         exact = torch.nn.functional.silu(a.double() @ b.double()) @ d.double()
         assert (c - exact).norm() <= bar * exact.norm()
+
+
+@every_architecture
+def test_tensor_cores_cut_fp32_operands_and_do_not_round_them(arch):
+    a, b, c = torch.rand(64, 112) + 0.5, torch.rand(112, 64) + 0.5, unwritten(64, 64)
+    tensors, exact = {"a_ptr": a, "b_ptr": b, "c_ptr": c}, a.double() @ b.double()
+    constants = {"BM": 64, "BN": 64, "BK": 32, "PRECISION": "tf32", "TRANSPOSED": False}
+    run(kernels.product, (1,), tensors, constants, stages=3, numbers={"K": 112}, arch=arch)
+    assert -1e-3 < ((c - exact) / exact).mean() < -5e-4  # rounded, its mean would be a hundred times nearer to 0
