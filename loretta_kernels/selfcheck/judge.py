@@ -62,26 +62,31 @@ class Row:
         return f"{self.case}, {self.dtype}: {self.answer} is off by {self.error:.1e}, {self.bar:.1e} is allowed"
 
 
-def judged(problem: Problem, name: str = "", backend: str = "torch", functions: Any = loretta_kernels) -> list[Row]:
-    """A row for every answer to a problem."""
-    exact = problem.to(torch.float64)
-    truth, ours = exact.solve(reference), problem.solve(functions)
-    if missing := truth.keys() ^ ours.keys():
+def judged(
+    problem: Problem, name: str = "", backend: str = "torch", functions: Any = loretta_kernels, runs: int = 1
+) -> list[Row]:
+    """A row for every answer to a problem, of each of so many runs."""
+    truth = problem.to(torch.float64).solve(reference)
+    ours = [problem.solve(functions) for _ in range(runs)]
+    if missing := truth.keys() ^ ours[0].keys():
         raise RuntimeError(f"the answers differ in {sorted(missing)}")
+    dtypes = {key: answer.dtype for key, answer in ours[0].items()}
     if is_exact(problem):
         bars = dict.fromkeys(truth, 0.0)
-        truth = {key: answer.to(ours[key].dtype).double() for key, answer in truth.items()}
+        truth = {key: answer.to(dtypes[key]).double() for key, answer in truth.items()}
     else:
-        bars = allowed(problem, truth, {key: answer.dtype for key, answer in ours.items()}, backend)
+        bars = allowed(problem, truth, dtypes, backend)
     N, dtype = prod(problem.x.shape[:-1]), str(problem.x.dtype).removeprefix("torch.")
     return [
-        Row(name, problem.operator, N, dtype, key, error(answer, truth[key]), bars[key]) for key, answer in ours.items()
+        Row(name, problem.operator, N, dtype, key, error(answer, truth[key]), bars[key])
+        for answers in ours
+        for key, answer in answers.items()
     ]
 
 
-def check(problem: Problem, backend: str = "torch", functions: Any = loretta_kernels) -> None:
+def check(problem: Problem, backend: str = "torch", functions: Any = loretta_kernels, runs: int = 1) -> None:
     """Raise AssertionError with every answer whose error is above what is allowed."""
-    missed = [row.text for row in judged(problem, problem.operator, backend, functions) if row.missed]
+    missed = [row.text for row in judged(problem, problem.operator, backend, functions, runs) if row.missed]
     assert not missed, "\n".join(missed)
 
 

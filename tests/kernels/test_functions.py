@@ -221,7 +221,7 @@ def test_without_gradients_a_call_that_was_served_before_is_still_looked_at():
             if name == "x of another dtype":
                 assert tt_lora(**arguments).dtype is torch.float64
                 continue
-            with pytest.raises(ValueError, match="must (be|have)"):
+            with pytest.raises(ValueError, match=r"must (be|have)"):
                 tt_lora(**arguments)
 
 
