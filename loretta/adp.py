@@ -31,7 +31,7 @@ class LorettaAdpLinear(LorettaLayer):
         super().__init__(base_layer, **quantization_kwargs)
         self.loretta_adp_down = nn.ModuleDict()
         self.loretta_adp_up = nn.ModuleDict()
-        self.loretta_adp_scaling = nn.ParameterDict()
+        self.loretta_adp_scaling = nn.ModuleDict()
         self.placement: dict[str, str] = {}
         self.activation: dict[str, str] = {}
         self.adapter_dropout: dict[str, float] = {}
@@ -55,7 +55,7 @@ class LorettaAdpLinear(LorettaLayer):
             config, config.bottleneck_size, width_out, rank, zero=config.init_weights is True
         )
         if config.scaling == "learned":
-            self.loretta_adp_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+            self.loretta_adp_scaling[adapter_name] = Scale()
         else:
             self.scaling[adapter_name] = float(config.scaling)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -81,7 +81,7 @@ class LorettaAdpLinear(LorettaLayer):
 
     def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
-        scale = self.loretta_adp_scaling[name] if name in self.loretta_adp_scaling else self.scaling[name]
+        scale = self.loretta_adp_scaling[name].value if name in self.loretta_adp_scaling else self.scaling[name]
         dropout_p = self.adapter_dropout[name] if self.training else 0.0
         if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
             return tt_adapter(
@@ -113,6 +113,14 @@ class LorettaAdpLinear(LorettaLayer):
 
     def unmerge(self) -> None:
         """Nothing to do: this method's adapters are never merged."""
+
+
+class Scale(nn.Module):
+    """A learned scale, from 1: a module, since the name of a trained tensor has the adapter's in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(1))
 
 
 MERGE_ERROR = (

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import TTShape
 
 from .config import _LorettaConfig
+from .whole import TrainedWhole
 
 
 class LorettaLayer(nn.Module, BaseTunerLayer):
@@ -34,6 +35,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.trained_whole: list[TrainedWhole] = []  # all of the model's; a list, so that they are no submodules
         linear = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(linear, **quantization_kwargs)
         if self.quantization_backend is None and not isinstance(linear, (nn.Linear, Conv1D)):
@@ -52,6 +54,28 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer holds an adapter of that name."""
         return adapter_name in getattr(self, self.adapter_layer_names[0])
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; on with the norms and heads trained beside them.
+
+        transformers' ``model.enable_adapters()`` calls PEFT's layers alone, its ``disable_adapters()`` both.
+        """
+        super().enable_adapters(enabled)
+        for module in self.trained_whole:
+            if enabled and module.disable_adapters:
+                module.enable_adapters(True)
+
+    def follow_base_dtype(self, adapter_name: str) -> None:
+        """Hold an adapter's weights in the dtype of the base layer, where that is a floating-point one."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the dtype of the base layer, which would round weights that were just loaded.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for kind in self.adapter_layer_names:
+            weights = getattr(self, kind)
+            if adapter_name in weights and not any(p.is_meta for p in weights[adapter_name].parameters()):
+                weights[adapter_name].to(device)
 
     @abstractmethod
     def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_un
 from .rep import LorettaRepLinear
 from .targets import FAMILIES, TargetTable
 from .tensor_train import TensorTrain
+from .whole import TrainedWhole
 
 
 class _LorettaModel(BaseTuner):
@@ -42,6 +43,23 @@ class _LorettaModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)
+        for module in model.modules():
+            if type(module) is ModulesToSaveWrapper:
+                module.__class__ = TrainedWhole
+        whole = [module for module in model.modules() if isinstance(module, TrainedWhole)]
+        for module in model.modules():
+            if isinstance(module, LorettaLayer):
+                module.trained_whole = whole
+        self._cast_adapter_dtype(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold all that the adapter trains in fp32 beside a base of sixteen bits, or else in the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, TrainedWhole) and autocast_adapter_dtype:
+                module.widen(adapter_name)
+            elif isinstance(module, (LorettaLayer, TrainedWhole)) and not autocast_adapter_dtype:
+                module.follow_base_dtype(adapter_name)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, _LorettaConfig)
@@ -69,7 +87,9 @@ class _LorettaModel(BaseTuner):
                 continue
             shape = train_shape(config, dense.in_features, dense.out_features, config.tensor_rank)
             train = TensorTrain(shape, bias=dense.bias is not None)
-            setattr(own, dense_name, train.to(dense.weight.device).requires_grad_(dense.weight.requires_grad))
+            if not train.cores.is_meta:  # as PEFT's low_cpu_mem_usage has it, until weights are loaded
+                train.to(dense.weight.device)
+            setattr(own, dense_name, train.requires_grad_(dense.weight.requires_grad))
 
     def _create_and_replace(
         self,
@@ -97,25 +117,9 @@ class _LorettaModel(BaseTuner):
         return {}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Unload as PEFT does, with merged heads dense again; without merging, norms and heads are the base's own."""
-        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        if not merge:
-            for wrapper in wrappers:
-                wrapper.set_adapter([])
-        dtypes = {
-            train: wrapper.original_module.get_submodule(name).weight.dtype
-            for wrapper in wrappers
-            for own in wrapper.modules_to_save.values()
-            for name, train in own.named_modules()
-            if isinstance(train, TensorTrain)
-        }
+        """Unload as PEFT does; norms and heads that were trained are unloaded by their wrapper."""
         super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
-        model = self.model
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TensorTrain):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.to_linear(dtypes[module]))
-        return model
+        return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
