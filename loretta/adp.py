@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class LorettaAdpLinear(LorettaLayer):
 
     def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
-        scale = self.loretta_adp_scaling[name].value if name in self.loretta_adp_scaling else self.scaling[name]
+        scale = self._scale(name)
         dropout_p = self.adapter_dropout[name] if self.training else 0.0
         if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
             return tt_adapter(
@@ -103,16 +104,56 @@ class LorettaAdpLinear(LorettaLayer):
         h = ACTIVATIONS[self.activation[name]](down(h))
         return residual + (scale * up(h)).to(residual.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises.
+    @torch.no_grad()
+    def lora_factors(
+        self, adapter_name: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a linear adapter adds to the layer's output, as ``x·A·B + c`` with the scaling in B and c.
+
+        Args:
+            weight, bias: of the linear that is adapted, [in, out] and [out]; without a weight both are the base's.
+
+        Returns:
+            A [in, k], B [k, out] and c [out], k at most the waist of the trains, in the weight's dtype.
 
         Raises:
-            ValueError: an adapter with a nonlinearity is no linear map, so no weight can hold it.
+            ValueError: the adapter has a nonlinearity.
         """
-        raise ValueError(MERGE_ERROR)
+        if self.activation[adapter_name] != "identity":
+            raise ValueError(MERGE_ERROR)
+        if weight is None:
+            weight, bias = self.base_parameters()
+        scale = self._scale(adapter_name)
+        down, down_bias = _linear(self.loretta_adp_down[adapter_name], weight.dtype)
+        up, up_bias = _linear(self.loretta_adp_up[adapter_name], weight.dtype)
+        chain = [*down, *up]
+        cut = min(range(1, len(chain)), key=lambda k: len(chain[k]))
+        a, b = reduce(torch.matmul, chain[:cut]), scale * reduce(torch.matmul, chain[cut:])
+        c = scale * (reduce(torch.matmul, up, down_bias) + up_bias)
+        if self.placement[adapter_name] == "mh_adapter":
+            return a, b @ weight, c @ weight
+        if self.placement[adapter_name] == "output_adapter":
+            return weight @ a, b, c if bias is None else c + bias @ a @ b
+        return a, b, c
 
-    def unmerge(self) -> None:
-        """Nothing to do: this method's adapters are never merged."""
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, adapter_names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The adapters on the input folded in first, then those on the output, then those beside the linear."""
+        for placement in ("mh_adapter", "output_adapter", "parallel_adapter"):
+            placed = [name for name in adapter_names if self.placement[name] == placement]
+            deltas = [self.lora_factors(name, weight, bias) for name in placed]
+            for a, b, c in deltas:
+                weight = weight + a @ b
+                bias = c if bias is None else bias + c
+        return weight, bias
+
+    def _scale(self, adapter_name: str) -> float | torch.Tensor:
+        if adapter_name not in self.loretta_adp_scaling:
+            return self.scaling[adapter_name]
+        learned = self.loretta_adp_scaling[adapter_name]
+        assert isinstance(learned, Scale)
+        return learned.value
 
 
 class Scale(nn.Module):
@@ -125,8 +166,15 @@ class Scale(nn.Module):
 
 MERGE_ERROR = (
     "LoRETTA_adp adapters cannot be merged: between their two projections there is a nonlinearity, so no weight of the "
-    "base model can hold them. Keep the adapter, call unload() for the bare base model, or train LoRETTA_rep instead."
+    "base model can hold them. Keep the adapter, call unload() for the bare base model, or train LoRETTA_rep, or "
+    "LoRETTA_adp with non_linearity='identity', instead."
 )
+
+
+def _linear(projection: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Matrices whose product is the projection's, [in, out], and its bias."""
+    chain = projection.halves() if isinstance(projection, TensorTrain) else [projection.weight.T]
+    return [matrix.to(dtype) for matrix in chain], projection.bias.to(dtype)
 
 
 def _projection(

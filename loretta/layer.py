@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import TTShape
 
 from .config import _LorettaConfig
+from .merging import Merging
 from .whole import TrainedWhole
 
 
-class LorettaLayer(nn.Module, BaseTunerLayer):
+class LorettaLayer(Merging):
     """A linear layer of the base model with adapters beside or around it.
 
     Args:
@@ -34,8 +35,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.trained_whole: list[TrainedWhole] = []  # all of the model's; a list, so that they are no submodules
+        self.trained_whole: list[TrainedWhole] = []  # all of the model's; in a list they are no submodules
         linear = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(linear, **quantization_kwargs)
         if self.quantization_backend is None and not isinstance(linear, (nn.Linear, Conv1D)):
@@ -95,6 +95,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if self.merged:
+            self.merge_changes()
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if self.has_adapter(name)]
         return self.adapted(x, active, *args, **kwargs)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -17,6 +18,7 @@ from torch import nn
 from .adp import MERGE_ERROR, LorettaAdpLinear
 from .config import LorettaAdpConfig, _LorettaConfig
 from .layer import LorettaLayer, train_shape
+from .merging import declare_biases
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
@@ -117,9 +119,27 @@ class _LorettaModel(BaseTuner):
         return {}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Unload as PEFT does; norms and heads that were trained are unloaded by their wrapper."""
+        """Unload as PEFT does; without merging, whatever is merged is taken out first."""
+        if not merge:
+            self.unmerge_adapter()
         super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
         return self.model
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: PeftConfig
+    ) -> dict[str, torch.Tensor]:
+        """The trained biases of the base: of merged layers those that nothing is merged into."""
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        for name, layer in model.named_modules():
+            key = f"{name}.base_layer.bias"
+            if isinstance(layer, LorettaLayer) and layer.merged and key in found:
+                bias = layer.unmerged_linear().bias
+                if bias is None:
+                    del found[key]
+                else:
+                    found[key] = bias.detach()
+        return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
@@ -221,8 +241,48 @@ class LorettaAdpModel(_LorettaModel):
         before = family.before if family else ()
         return "mh_adapter" if any(_ends_with(key, name) for name in before) else "output_adapter"
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_ERROR)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as PEFT does, if every adapter that is asked for is linear.
+
+        Raises:
+            ValueError: one is not; nothing is merged then.
+        """
+        self._check_linear(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_linear(adapter_names)
+        bare = [
+            name
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LorettaAdpLinear) and getattr(layer.unmerged_linear(), "bias", None) is None
+        ]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        declare_biases(model, [name for name in bare if getattr(model.get_submodule(name), "bias", None) is not None])
+        return model
+
+    def _check_linear(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config.get(name)
+            if isinstance(config, LorettaAdpConfig) and config.activation != "identity":
+                raise ValueError(MERGE_ERROR)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Also for files of the time when a learned scale was named without its last part."""
+        state_dict = {
+            f"{key}.value" if key.endswith(".loretta_adp_scaling") else key: value for key, value in state_dict.items()
+        }
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _ends_with(key: str, name: str) -> bool:

@@ -6,10 +6,8 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from loretta_kernels import tt_lora
 
@@ -29,7 +27,6 @@ class LorettaRepLinear(LorettaLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.loretta_rep_A = nn.ModuleDict()
         self.loretta_rep_B = nn.ModuleDict()
         self.r: dict[str, int] = {}
@@ -120,40 +117,24 @@ class LorettaRepLinear(LorettaLayer):
         delta = (a @ b) * self.scaling[adapter]
         return delta if self.fan_in_fan_out else delta.T
 
-    def _add_to_base_weight(self, adapter_name: str, sign: int, safe: bool = False) -> None:
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter_name).to(weight.device)
-        merged = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + sign * delta
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
-        self.set_base_weight(merged.to(weight.dtype).contiguous())
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the deltas of the named (or the active) adapters to the base weight.
-
-        Raises:
-            ValueError: ``safe_merge`` and a merged weight is not finite; the base weight is then unchanged.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.has_adapter(name):
-                self._add_to_base_weight(name, +1, safe=safe_merge)
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged delta from the base weight."""
-        while self.merged_adapters:
-            self._add_to_base_weight(self.merged_adapters.pop(), -1)
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, adapter_names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base weight [in, out] plus the delta of each named adapter, and the base bias."""
+        for name in adapter_names:
+            a, b = self.factors(name)
+            weight = weight + self.scaling[name] * (a @ b).to(weight)
+        return weight, bias
 
     def train(self, mode: bool = True) -> LorettaRepLinear:
-        """Switch the mode; adapters with ``merge_weights`` are merged in eval mode and unmerged in training."""
+        """Switch the mode; adapters with ``merge_weights`` are merged anew in eval mode and unmerged in training."""
         super().train(mode)
         merging = [name for name in self.active_adapters if self.merge_weights.get(name)]
-        if merging and mode and self.merged:
+        if merging and (mode or not self.disable_adapters):
+            also = [name for name in self.merged_adapters if name not in merging]
             self.unmerge()
-        elif merging and not mode and not self.disable_adapters:
-            todo = [name for name in merging if name not in self.merged_adapters]
-            if todo:
-                self.merge(adapter_names=todo)
+            if not mode:
+                self.merge(adapter_names=[*also, *merging])
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -69,6 +69,17 @@ class TensorTrain(nn.Module):
         return tt_matrix(self.cores, self.shape)
 
     @torch.no_grad()
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [in_features, waist] and R [waist, out_features], materialised, whose product is W."""
+        half = left = self.cores.new_ones(1, 1)
+        cores = zip(self.cores.split(self.shape.core_sizes), self.shape.core_shapes, strict=True)
+        for number, (core, (rank, mode, next_rank)) in enumerate(cores):
+            if number == self.shape.cut:
+                left, half = half, torch.eye(self.shape.waist).to(half)
+            half = (half @ core.reshape(rank, mode * next_rank)).reshape(-1, next_rank)
+        return left, half.reshape(self.shape.waist, -1)
+
+    @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """The dense layer that this train stands for."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

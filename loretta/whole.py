@@ -115,4 +115,4 @@ def _recast(module: nn.Module, dtype: Callable[[str, torch.Tensor], torch.dtype]
                     made[tensor] = tensor.detach().to(wanted)
                     if isinstance(tensor, nn.Parameter):
                         made[tensor] = nn.Parameter(made[tensor], requires_grad=tensor.requires_grad)
-                tensors[name] = made[tensor]  # type: ignore[assignment]
+                tensors[name] = made[tensor]

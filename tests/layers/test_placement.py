@@ -35,7 +35,7 @@ def placements(model) -> dict[str, str]:
 def definition(layer: LorettaAdpLinear, x: torch.Tensor) -> torch.Tensor:
     """adapter(x), by the reference."""
     down, up = layer.loretta_adp_down["default"], layer.loretta_adp_up["default"]
-    scale = layer.scaling.get("default") or layer.loretta_adp_scaling["default"]
+    scale = layer.scaling.get("default") or layer.loretta_adp_scaling["default"].value
     return reference.tt_adapter(
         x,
         down.cores,
@@ -117,10 +117,10 @@ def test_a_dense_bottleneck_is_the_textbook_adapter() -> None:
 def test_a_learned_scaling_is_trained_and_a_number_is_not() -> None:
     model = get_peft_model(TwoLinears(), LorettaAdpConfig(target_modules=["first"], scaling="learned"))
     layer = model.base_model.model.first
-    assert layer.loretta_adp_scaling["default"].requires_grad
+    assert layer.loretta_adp_scaling["default"].value.requires_grad
     nn.init.normal_(layer.loretta_adp_up["default"].cores)
     model(torch.randn(3, 12)).sum().backward()
-    assert layer.loretta_adp_scaling["default"].grad.abs() > 0
+    assert layer.loretta_adp_scaling["default"].value.grad.abs() > 0
     fixed = get_peft_model(TwoLinears(), LorettaAdpConfig(target_modules=["first"], scaling=2))
     assert "scaling" not in "".join(fixed.state_dict())
 
