@@ -47,7 +47,7 @@ class _LorettaModel(BaseTuner):
             self._tensorise_head(model, adapter_name, config, path)
         for module in model.modules():
             if type(module) is ModulesToSaveWrapper:
-                module.__class__ = TrainedWhole
+                TrainedWhole.adopt(module)
         whole = [module for module in model.modules() if isinstance(module, TrainedWhole)]
         for module in model.modules():
             if isinstance(module, LorettaLayer):

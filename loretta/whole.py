@@ -25,6 +25,15 @@ class TrainedWhole(ModulesToSaveWrapper):
     the module.
     """
 
+    takes_any_dtype: bool
+
+    @classmethod
+    def adopt(cls, wrapper: ModulesToSaveWrapper) -> None:
+        """Make one of PEFT's wrappers one of these."""
+        wrapper.__class__ = cls
+        assert isinstance(wrapper, cls)
+        wrapper.takes_any_dtype = _multiplies_last(wrapper.original_module)
+
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
@@ -38,7 +47,7 @@ class TrainedWhole(ModulesToSaveWrapper):
         dtype, base_dtype = _dtype(own), _dtype(self.original_module)
         if dtype == base_dtype or dtype is None or base_dtype is None:
             return own(*args, **kwargs)
-        if not _multiplies_last(own):
+        if not self.takes_any_dtype:
             args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
         return _cast(own(*args, **kwargs), base_dtype)
 
@@ -82,6 +91,9 @@ class TrainedWhole(ModulesToSaveWrapper):
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype in which a module computes: its first floating-point parameter's."""
+    for parameter in module._parameters.values():  # a norm's own: parameters() would take as long as the norm
+        if parameter is not None and parameter.is_floating_point():
+            return parameter.dtype
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
@@ -96,7 +108,9 @@ def _multiplies_last(module: nn.Module) -> bool:
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     """The floating-point tensors among nested values in that dtype."""
-    return tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, values)
+    if isinstance(values, torch.Tensor):  # quicker than as a tree
+        return values.to(dtype) if values.is_floating_point() else values
+    return tree_map_only(torch.Tensor, lambda x: _cast(x, dtype), values)
 
 
 def _recast(module: nn.Module, dtype: Callable[[str, torch.Tensor], torch.dtype]) -> None:
