@@ -95,11 +95,15 @@ class Merging(nn.Module, BaseTunerLayer):
         self.unmerged, self.merged_adapters = [], []
 
     def unmerged_linear(self) -> Any:
-        """The base linear without adapters, on the device where it is used."""
+        """The base linear without adapters, where the merged one is and in its dtype: the model may have been moved."""
         current: Any = self.get_base_layer()
-        linear: Any = self.unmerged[0] if self.unmerged else current
-        if linear is not current and linear.weight.device != current.weight.device:
-            linear.to(current.weight.device)
+        if not self.unmerged:
+            return current
+        linear, weight = self.unmerged[0], current.weight
+        if linear.weight.device != weight.device:
+            linear.to(weight.device)
+        if self.quantization_backend is None and linear.weight.dtype != weight.dtype:
+            linear.to(weight.dtype)
         return linear
 
     def base_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
