@@ -14,7 +14,7 @@ from loretta_kernels import tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -35,7 +35,7 @@ class LorettaAdpLinear(LorettaLayer):
         self.loretta_adp_scaling = nn.ModuleDict()
         self.placement: dict[str, str] = {}
         self.activation: dict[str, str] = {}
-        self.adapter_dropout: dict[str, float] = {}
+        self.adapter_dropout = nn.ModuleDict()  # nn.Dropout: what TRL and others look for to switch dropout off
         self.scaling: dict[str, float] = {}
 
     def add_adapter(
@@ -50,7 +50,7 @@ class LorettaAdpLinear(LorettaLayer):
 
         self.placement[adapter_name] = placement
         self.activation[adapter_name] = config.activation
-        self.adapter_dropout[adapter_name] = config.adapter_dropout
+        self.adapter_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
         self.loretta_adp_down[adapter_name] = _projection(config, width_in, config.bottleneck_size, rank)
         self.loretta_adp_up[adapter_name] = _projection(
             config, config.bottleneck_size, width_out, rank, zero=config.init_weights is True
@@ -83,7 +83,7 @@ class LorettaAdpLinear(LorettaLayer):
     def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
         scale = self._scale(name)
-        dropout_p = self.adapter_dropout[name] if self.training else 0.0
+        dropout_p = dropout_probability(self.adapter_dropout[name], self.training)
         if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
             return tt_adapter(
                 x,

@@ -123,6 +123,12 @@ class LorettaLayer(Merging):
         return torch.cat(list(parts.values()))[order.argsort()]
 
 
+def dropout_probability(dropout: nn.Module, training: bool) -> float:
+    """The probability with which a layer in that mode drops elements."""
+    assert isinstance(dropout, nn.Dropout)
+    return dropout.p if training else 0.0
+
+
 def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:
     """The train of a matrix [in_features, out_features]: the config's own where it names that matrix or a size."""
     if explicit := config.matrix_shape(in_features, out_features):

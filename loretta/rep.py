@@ -12,7 +12,7 @@ from torch import nn
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -32,7 +32,7 @@ class LorettaRepLinear(LorettaLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()  # nn.Dropout: what TRL and others look for to switch dropout off
         self.enable_lora: dict[str, list[bool] | None] = {}
         self.merge_weights: dict[str, bool] = {}
 
@@ -59,7 +59,7 @@ class LorettaRepLinear(LorettaLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / r
-        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.enable_lora[adapter_name] = config.enable_lora
         self.merge_weights[adapter_name] = config.merge_weights
         rank = config.tensor_rank
@@ -82,7 +82,7 @@ class LorettaRepLinear(LorettaLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in adapter_names:
             a, b = self._train("A", name), self._train("B", name)
-            dropout_p = self.lora_dropout[name] if self.training else 0.0
+            dropout_p = dropout_probability(self.lora_dropout[name], self.training)
             scale = self.scaling[name]
             columns = self._enabled_columns(name, x.device)
             if columns is None:
