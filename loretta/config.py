@@ -148,7 +148,7 @@ class LorettaAdpConfig(_LorettaConfig):
     Args:
         bottleneck_size: width of the bottleneck, 1 or more.
         non_linearity: one of relu, gelu, gelu_new (= gelu_tanh, gelu_pytorch_tanh), silu (= swish), tanh,
-            identity (= linear).
+            identity (= linear). With identity the adapter is linear: it merges, and exports as a LoRA.
         adapter_dropout: dropout on the adapter's input, in [0, 1).
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
         use_parallel_adapter: y = base(x) + adapter(x) instead of an adapter in series.
@@ -156,7 +156,8 @@ class LorettaAdpConfig(_LorettaConfig):
         adapter_type: "mh_adapter" (on the input of the linear) or "output_adapter" (on its output), for all targets, or
             a dict from target name to one of them. None: the family's placement where it is known, else the output.
         scaling: a number, or "learned" (one scalar per adapter, from 1).
-        bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears).
+        bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears);
+            they keep the base's dtype.
         tensorized: False keeps the two projections dense.
         tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
@@ -216,13 +217,18 @@ class LorettaRepConfig(_LorettaConfig):
     Args:
         r: inner dimension of A [in, r] and B [r, out], 1 or more.
         lora_alpha: the delta is scaled by lora_alpha / r.
-        lora_dropout: dropout on the input of A, in [0, 1).
+        lora_dropout: dropout on the input of A, in [0, 1). The default is 0.05, as in the released package; PEFT's LoRA
+            has 0 by default: set both alike where the two are compared. TRL's DPO and KTO switch it off
+            (``disable_dropout``); where it stays on, the policy drops elements and the reference does not, so that the
+            first loss is off ln 2 for an adapter that does not start as its base.
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
-        merge_weights: merge on ``model.eval()``, unmerge on ``model.train()``; a round trip rounds the base weight.
+        merge_weights: merge on ``model.eval()``, unmerge on ``model.train()``, which gives the base weight back as it
+            was. While merged, the base weight takes its memory twice.
         fan_in_fan_out: accepted as in PEFT's LoRA; how a base weight is stored follows from its layer's type.
         enable_lora: for fused projections: which of the ``len(enable_lora)`` equal slices of the output are adapted,
             such as ``[True, False, True]`` for q and v of a fused q, k, v.
-        bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears).
+        bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears); they
+            keep the base's dtype.
         tensor_rank: the rank of every bond.
         rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
@@ -238,7 +244,7 @@ class LorettaRepConfig(_LorettaConfig):
 
     r: int = field(default=8, metadata={"help": "Inner dimension of the two factors."})
     lora_alpha: float = field(default=16, metadata={"help": "The delta is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A (0 in PEFT's LoRA)."})
     merge_weights: bool = field(default=False, metadata={"help": "Merge on eval(), unmerge on train()."})
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Follows from the layer's type; True on others warns."}
