@@ -120,7 +120,7 @@ class _LorettaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         """Unload as PEFT does; without merging, whatever is merged is taken out first."""
-        if not merge:
+        if not merge and any(isinstance(module, LorettaLayer) and module.merged for module in self.model.modules()):
             self.unmerge_adapter()
         super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
         return self.model

@@ -49,7 +49,8 @@ class TrainedWhole(ModulesToSaveWrapper):
             return own(*args, **kwargs)
         if not self.takes_any_dtype:
             args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
-        return _cast(own(*args, **kwargs), base_dtype)
+        given = own(*args, **kwargs)
+        return given if _autocast_widens(own) else _cast(given, base_dtype)
 
     def widen(self, adapter_name: str) -> None:
         """Hold an adapter's copy in fp32 where it is in sixteen bits."""
@@ -83,10 +84,11 @@ class TrainedWhole(ModulesToSaveWrapper):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None:
         """Move a copy that was just loaded; PEFT calls this by name on whatever has it."""
-        if adapter_name in self.modules_to_save:
-            own, device = self.modules_to_save[adapter_name], next(self.original_module.parameters()).device
-            if not any(parameter.is_meta for parameter in own.parameters()):
-                own.to(device)
+        if adapter_name not in self.modules_to_save:
+            return
+        own, base = self.modules_to_save[adapter_name], next(self.original_module.parameters(), None)
+        if base is not None and not any(parameter.is_meta for parameter in own.parameters()):
+            own.to(base.device)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
@@ -104,6 +106,13 @@ def _multiplies_last(module: nn.Module) -> bool:
         and not isinstance(module, nn.LayerNorm)
         and is_feature_norm(module)
     )
+
+
+def _autocast_widens(module: nn.Module) -> bool:
+    """Whether autocast gives a module's output in fp32 whatever goes in: a LayerNorm's, but on CPUs."""
+    if not isinstance(module, nn.LayerNorm) or module.weight.device.type == "cpu":
+        return False
+    return torch.is_autocast_enabled(module.weight.device.type)
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

@@ -209,6 +209,26 @@ def test_deleting_while_merged_is_refused_by_peft_and_exact_by_transformers(meth
     assert torch.equal(tiny_logits(native.eval(), TASK), expected)
 
 
+class Recorder:
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def note(self, module: nn.Module, args: object, output: object) -> None:
+        self.seen += 1
+
+
+def test_hooks_on_a_base_linear_see_the_merged_one_too() -> None:
+    model, recorder = wrapped("rep"), Recorder()
+    layer = next(module for module in model.modules() if isinstance(module, Merging))
+    layer.base_layer.register_forward_hook(recorder.note)
+    tiny_logits(model, TASK)
+    model.merge_adapter()
+    tiny_logits(model, TASK)
+    model.unmerge_adapter()
+    tiny_logits(model, TASK)
+    assert recorder.seen == 3
+
+
 def test_two_adapters_merge_one_after_the_other_and_are_both_taken_out() -> None:
     model = wrapped("rep", train_layernorm=False)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))

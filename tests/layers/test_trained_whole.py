@@ -102,9 +102,11 @@ def test_all_that_is_trained_is_fp32_and_no_activation_changes_its_dtype(model_t
 
 @both_methods
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_16_bit_model_starts_with_the_bits_of_its_base(model_type: str, method: str) -> None:
-    expected = tiny_logits(tiny_model(model_type).bfloat16(), "CAUSAL_LM")
-    assert torch.equal(tiny_logits(wrapped(method, model_type).eval(), "CAUSAL_LM"), expected)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_a_16_bit_model_starts_with_the_bits_of_its_base(autocast: bool, model_type: str, method: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = tiny_logits(tiny_model(model_type).bfloat16(), "CAUSAL_LM")
+        assert torch.equal(tiny_logits(wrapped(method, model_type).eval(), "CAUSAL_LM"), expected)
 
 
 @both_methods

@@ -37,6 +37,7 @@ _REP_LAYOUTS: list[tuple[str, str, dict]] = [
     ("half of a fused output", "MLP", {"target_modules": ["lin0"], "enable_lora": [True, False]}),
 ]
 _ADP_LAYOUTS: list[tuple[str, str, dict]] = [
+    ("linear", "MLP", {"target_modules": ["lin0", "lin1"], "non_linearity": "identity"}),
     ("on the input", "MLP", {"target_modules": ["lin0", "lin1"], "adapter_type": "mh_adapter"}),
     ("parallel", "MLP", {"target_modules": ["lin0", "lin1"], "use_parallel_adapter": True}),
     ("learned scaling", "MLP", {"target_modules": ["lin0"], "scaling": "learned"}),
