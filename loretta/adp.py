@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from loretta_kernels import tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, bond_rank, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -42,8 +41,7 @@ class LorettaAdpLinear(LorettaLayer):
     ) -> None:
         """Create the two projections and, where it is learned, the scaling."""
         assert isinstance(config, LorettaAdpConfig)
-        ranks = config.rank_pattern
-        rank = ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
+        rank = bond_rank(config, key)
         width_in = self.out_features if placement == "output_adapter" else self.in_features
         width_out = self.in_features if placement == "mh_adapter" else self.out_features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,16 +91,16 @@ class _LorettaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The name of the nn.ModuleList that layers_to_transform counts in."}
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks by module name or regex, overriding the default."}
+    tensor_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "tensor_rank by module name or regex, overriding the default."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int("tensor_rank", self.tensor_rank, 1)
-        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
-        for name, rank in self.rank_pattern.items():
-            require_int(f"rank_pattern[{name!r}]", rank, 1)
+        self.tensor_rank_pattern = as_pattern("tensor_rank_pattern", self.tensor_rank_pattern)
+        for name, rank in self.tensor_rank_pattern.items():
+            require_int(f"tensor_rank_pattern[{name!r}]", rank, 1)
         for name in ("train_layernorm", "tensorize_head"):
             require_bool(name, getattr(self, name))
         if self.init_weights not in (True, False, "gaussian") or isinstance(self.init_weights, (int, float)) != (
@@ -158,7 +159,7 @@ class LorettaAdpConfig(_LorettaConfig):
         scaling: a number, or "learned" (one scalar per adapter, from 1).
         bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears).
         tensorized: False keeps the two projections dense.
-        tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
+        tensor_rank, tensor_rank_pattern: the rank of every bond, and exceptions by module name or regex.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
@@ -180,8 +181,14 @@ class LorettaAdpConfig(_LorettaConfig):
     )
     scaling: float | str = field(default=1.0, metadata={"help": "A number, or 'learned'."})
     tensorized: bool = field(default=True, metadata={"help": "False: dense projections."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "The former name of tensor_rank_pattern: taken as that, with a warning."}
+    )
 
     def __post_init__(self) -> None:
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
+        if self.rank_pattern:
+            self._rename_rank_pattern()
         super().__post_init__()
         self.peft_type = LORETTA_ADP
         require_int("bottleneck_size", self.bottleneck_size, 1, WIDEST)
@@ -200,6 +207,21 @@ class LorettaAdpConfig(_LorettaConfig):
             raise ValueError("use_parallel_adapter and use_adapterp exclude each other: the latter adapts an output")
         if self.adapter_type is not None and (self.use_parallel_adapter or self.use_adapterp):
             raise ValueError("adapter_type has no meaning with use_parallel_adapter or use_adapterp")
+
+    def _rename_rank_pattern(self) -> None:
+        """Files of version 0.1 name the bond ranks rank_pattern, which in PEFT are values of r."""
+        if self.tensor_rank_pattern:
+            raise ValueError(
+                f"rank_pattern is the former name of LoRETTA_adp's tensor_rank_pattern; give the latter only, "
+                f"got {self.rank_pattern!r} and {self.tensor_rank_pattern!r}"
+            )
+        warnings.warn(
+            f"LoRETTA_adp's rank_pattern is now called tensor_rank_pattern, since in PEFT rank_pattern overrides r: "
+            f"{self.rank_pattern!r} are taken as the ranks of bonds, as before",
+            FutureWarning,
+            stacklevel=4,
+        )
+        self.tensor_rank_pattern, self.rank_pattern = self.rank_pattern, {}
 
     @property
     def activation(self) -> str:
@@ -223,8 +245,8 @@ class LorettaRepConfig(_LorettaConfig):
         enable_lora: for fused projections: which of the ``len(enable_lora)`` equal slices of the output are adapted,
             such as ``[True, False, True]`` for q and v of a fused q, k, v.
         bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears).
-        tensor_rank: the rank of every bond.
-        rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
+        tensor_rank, tensor_rank_pattern: the rank of every bond, and exceptions by module name or regex.
+        rank_pattern, alpha_pattern: r and lora_alpha by module name or regex, as in PEFT's LoRA.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
@@ -246,6 +268,7 @@ class LorettaRepConfig(_LorettaConfig):
     enable_lora: list[bool] | None = field(
         default=None, metadata={"help": "Which equal slices of a fused projection's output are adapted."}
     )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r by module name or regex."})
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "lora_alpha by module name or regex."}
     )
@@ -255,6 +278,9 @@ class LorettaRepConfig(_LorettaConfig):
         self.peft_type = LORETTA_REP
         require_int("r", self.r, 1, WIDEST)
         require_number("lora_alpha", self.lora_alpha)
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
+        for name, r in self.rank_pattern.items():
+            require_int(f"rank_pattern[{name!r}]", r, 1)
         self.alpha_pattern = as_pattern("alpha_pattern", self.alpha_pattern)
         for name, alpha in self.alpha_pattern.items():
             require_number(f"alpha_pattern[{name!r}]", alpha)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -96,6 +97,12 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         }
         order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
         return torch.cat(list(parts.values()))[order.argsort()]
+
+
+def bond_rank(config: _LorettaConfig, key: str) -> int:
+    """The rank of the bonds of the trains at the module called ``key``."""
+    ranks = config.tensor_rank_pattern
+    return ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
 
 
 def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:

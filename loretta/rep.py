@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, bond_rank, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -65,7 +65,7 @@ class LorettaRepLinear(LorettaLayer):
         self.lora_dropout[adapter_name] = config.lora_dropout
         self.enable_lora[adapter_name] = config.enable_lora
         self.merge_weights[adapter_name] = config.merge_weights
-        rank = config.tensor_rank
+        rank = bond_rank(config, key)
         self.loretta_rep_A[adapter_name] = TensorTrain(train_shape(config, self.in_features, r, rank))
         self.loretta_rep_B[adapter_name] = TensorTrain(
             train_shape(config, r, out_features, rank), zero=config.init_weights is True
