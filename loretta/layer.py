@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import TTShape
 
 from .config import _LorettaConfig
+
+Groups = list[tuple[list[str], "torch.Tensor | None"]]  # adapters and the rows [n] they act on; None: on all rows
+Act = Callable[[list[str], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LorettaLayer(nn.Module, BaseTunerLayer):
@@ -55,8 +59,8 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         return adapter_name in getattr(self, self.adapter_layer_names[0])
 
     @abstractmethod
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer with the named adapters, all of which this layer holds."""
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer, run once on all rows, with the adapters of each group on the rows of that group."""
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -65,20 +69,17 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
         ``adapter_names`` names an adapter for each row of the batch ("__base__": none), as in PEFT's mixed batches.
         """
+        return self.adapted(x, self._groups(x, adapter_names), *args, **kwargs)
+
+    def _groups(self, x: torch.Tensor, adapter_names: list[str] | None) -> Groups:
+        """Which adapters act on which rows of the batch x."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if self.has_adapter(name)]
-        return self.adapted(x, active, *args, **kwargs)
-
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+            return []
+        if adapter_names is None:
+            active = [name for name in self.active_adapters if self.has_adapter(name) and not self.merged]
+            return [(active, None)] if active else []
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -90,13 +91,28 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             )
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
-            rows.setdefault(name, []).append(row)
-        parts = {
-            name: self.adapted(x[index], [name] if self.has_adapter(name) else [], *args, **kwargs)
-            for name, index in rows.items()
-        }
-        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
-        return torch.cat(list(parts.values()))[order.argsort()]
+            if self.has_adapter(name):
+                rows.setdefault(name, []).append(row)
+        return [([name], torch.tensor(index, device=x.device)) for name, index in rows.items()]
+
+    @staticmethod
+    def _on_rows(act: Act, groups: Groups, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``act(names, value, x)`` on the rows of each group; the rows of no group keep their value.
+
+        Args:
+            act: what the named adapters make of value [rows, ...], given x [rows, ...].
+            groups: the adapters, and the rows of value and x that they act on.
+            value, x: one tensor or two, with the same rows.
+        """
+        result = value
+        for names, rows in groups:
+            if rows is None:
+                return act(names, value, x)
+            if result is value:
+                result = value.clone()
+            mine = value[rows]
+            result.index_copy_(0, rows, act(names, mine, mine if x is value else x[rows]).to(result.dtype))
+        return result
 
 
 def bond_rank(config: _LorettaConfig, key: str) -> int:

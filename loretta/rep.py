@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import LorettaLayer, bond_rank, train_shape
+from .layer import Groups, LorettaLayer, bond_rank, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -78,11 +78,14 @@ class LorettaRepLinear(LorettaLayer):
         assert isinstance(train, TensorTrain)
         return train
 
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) plus the delta of each named adapter."""
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) plus the deltas of each group's adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if adapter_names and self.quantization_backend is not None:
+        if groups and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return self._on_rows(self._add_deltas, groups, result, x)
+
+    def _add_deltas(self, adapter_names: list[str], result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
             a, b = self._train("A", name), self._train("B", name)
             dropout_p = self.lora_dropout[name] if self.training else 0.0
