@@ -26,8 +26,8 @@ class LorettaAdpLinear(LorettaLayer):
     adapter_layer_names: tuple[str, ...] = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_scaling")
     other_param_names: tuple[str, ...] = ("placement", "activation", "adapter_dropout", "scaling")
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__(base_layer, **quantization_kwargs)
+    def __init__(self, base_layer: nn.Module, width: int | None = None, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, width, **quantization_kwargs)
         self.loretta_adp_down = nn.ModuleDict()
         self.loretta_adp_up = nn.ModuleDict()
         self.loretta_adp_scaling = nn.ParameterDict()

@@ -182,7 +182,8 @@ class LorettaAdpConfig(_LorettaConfig):
     scaling: float | str = field(default=1.0, metadata={"help": "A number, or 'learned'."})
     tensorized: bool = field(default=True, metadata={"help": "False: dense projections."})
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "The former name of tensor_rank_pattern: taken as that, with a warning."}
+        default_factory=dict,
+        metadata={"help": "The former name of tensor_rank_pattern: taken as that, with a warning."},
     )
 
     def __post_init__(self) -> None:

@@ -22,23 +22,30 @@ Act = Callable[[list[str], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LorettaLayer(nn.Module, BaseTunerLayer):
-    """A linear layer of the base model with adapters beside or around it.
+    """A layer of the base model with adapters beside or around it.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, a linear quantised by a backend PEFT knows, or a PEFT layer
             around one of these.
+        width: of a whole block [..., width], which is then the base layer, and whose child this layer is to be.
         quantization_kwargs: what PEFT's quantisation backends need to requantise on merging.
 
     Raises:
         TypeError: base_layer is none of these.
     """
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, width: int | None = None, **quantization_kwargs: Any) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.in_features: int
+        self.out_features: int
+        if width is not None:
+            self.__dict__["base_layer"] = base_layer  # no child of this layer: the block holds it
+            self.in_features = self.out_features = width
+            return
+        self.base_layer = base_layer
         linear = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(linear, **quantization_kwargs)
         if self.quantization_backend is None and not isinstance(linear, (nn.Linear, Conv1D)):
@@ -46,8 +53,6 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 f"LoRETTA adapts torch.nn.Linear, transformers' Conv1D and the quantised linears PEFT knows, "
                 f"got {type(linear).__name__}"
             )
-        self.in_features: int
-        self.out_features: int
         self.in_features, self.out_features = _get_in_out_features(linear)  # type: ignore[assignment]
 
     @abstractmethod

@@ -9,18 +9,20 @@ from functools import partial
 from typing import Any
 
 from peft import PeftConfig, TaskType
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .adp import MERGE_ERROR, LorettaAdpLinear
+from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
 from .layer import LorettaLayer, train_shape
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
-from .targets import FAMILIES, TargetTable
+from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
 from .tensor_train import TensorTrain
 
 
@@ -35,6 +37,7 @@ class _LorettaModel(BaseTuner):
         A config given to load by is kept: PEFT promises that the model holds that very object.
         """
         config = self.peft_config[adapter_name]
+        assert isinstance(config, _LorettaConfig)
         if not config.inference_mode:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
             check_gradients_pass(model)
@@ -52,6 +55,16 @@ class _LorettaModel(BaseTuner):
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        assert isinstance(config, _LorettaConfig)
+        if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list of names, but the default of "
+                f"{model_config['model_type']!r} is a regex: {config.target_modules!r}"
+            )
+        return config
 
     @staticmethod
     def _tensorise_head(model: nn.Module, adapter_name: str, config: PeftConfig, path: str) -> None:
@@ -84,6 +97,8 @@ class _LorettaModel(BaseTuner):
         assert isinstance(peft_config, _LorettaConfig)
         if isinstance(target, self.tuner_layer_cls):
             layer = target
+        elif (block := self._block(target, current_key)) is not None:
+            layer = block
         else:
             try:
                 layer = self.tuner_layer_cls(target, **get_quantization_kwargs(self))
@@ -91,6 +106,10 @@ class _LorettaModel(BaseTuner):
                 raise ValueError(f"target module {current_key!r}: {error}") from None
             setattr(parent, target_name, layer)
         layer.add_adapter(adapter_name, peft_config, current_key, **self._adapter_options(peft_config, current_key))
+
+    def _block(self, target: nn.Module, key: str) -> LorettaLayer | None:
+        """The layer of a target that is a whole block and no linear; None where a method adapts linears only."""
+        return None
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         """What a method tells its layer called ``key`` beyond the config."""
@@ -119,7 +138,10 @@ class _LorettaModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
-        setattr(parent, child_name, new_module)
+        if isinstance(child, LorettaAdpBlock):
+            child.detach_from_block()
+        else:
+            setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -175,7 +197,7 @@ class LorettaRepModel(_LorettaModel):
 
     prefix = "loretta_rep_"
     tuner_layer_cls = LorettaRepLinear
-    target_module_mapping = TargetTable("rep")  # type: ignore[assignment]
+    target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
 
 class LorettaAdpModel(_LorettaModel):
@@ -183,7 +205,7 @@ class LorettaAdpModel(_LorettaModel):
 
     prefix = "loretta_adp_"
     tuner_layer_cls = LorettaAdpLinear
-    target_module_mapping = TargetTable("before", "after", "after_attention")  # type: ignore[assignment]
+    target_module_mapping = ADP_TARGETS  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, LorettaAdpConfig)
@@ -191,12 +213,19 @@ class LorettaAdpModel(_LorettaModel):
         if peft_config.target_modules is None and peft_config.use_adapterp and family:
             if not family.after:
                 raise ValueError(
-                    f"use_adapterp: the feed-forward blocks of {model_config['model_type']!r} have no linear at their "
-                    f"exit; name target_modules"
+                    f"use_adapterp: no exit of the feed-forward blocks of {model_config['model_type']!r} is known; "
+                    f"name target_modules"
                 )
             peft_config.target_modules = set(family.after)
             peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, family.after_attention)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _block(self, target: nn.Module, key: str) -> LorettaLayer | None:
+        if isinstance(target, (nn.Linear, Conv1D, BaseTunerLayer)) or hasattr(target, "in_features"):
+            return None
+        if resolve_quantization_backend(target) is not None:
+            return None
+        return getattr(target, NAME, None) or LorettaAdpBlock(target, block_width(self.model, key))
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LorettaAdpConfig)
@@ -214,7 +243,7 @@ class LorettaAdpModel(_LorettaModel):
             if _ends_with(key, name):
                 return placement
         family = FAMILIES.get(self.get_model_config(self.model).get("model_type", ""))
-        before = family.before if family else ()
+        before = (*family.before, *family.before_if_named) if family else ()
         return "mh_adapter" if any(_ends_with(key, name) for name in before) else "output_adapter"
 
     def _check_merge_allowed(self) -> None:
