@@ -18,12 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from .adp import MERGE_ERROR, LorettaAdpLinear
 from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
+from .coverage import also_excluding, check_targets, warn_of_unused_ranks, warn_of_what_is_left_out
 from .layer import LorettaLayer, train_shape
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
 from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
 from .tensor_train import TensorTrain
+from .uncalled import FirstStep, forget_first_step, leave_fast_paths, return_to_fast_paths
 
 
 class _LorettaModel(BaseTuner):
@@ -42,7 +44,13 @@ class _LorettaModel(BaseTuner):
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
             check_gradients_pass(model)
         keep_unpacked(model)
+        given = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fast_paths(model)
+        if not config.inference_mode:
+            FirstStep(model)
+        warn_of_unused_ranks(config, self.targeted_module_names)
+        warn_of_what_is_left_out(model, adapter_name, config, given)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)
 
@@ -55,6 +63,7 @@ class _LorettaModel(BaseTuner):
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None
+        check_targets(model, peft_config, partial(self._check_target_module_exists, peft_config))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config = super()._prepare_adapter_config(peft_config, model_config)
@@ -130,6 +139,8 @@ class _LorettaModel(BaseTuner):
         }
         super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
         model = self.model
+        forget_first_step(model)
+        return_to_fast_paths(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, TensorTrain):
                 parent, _, child = name.rpartition(".")
@@ -217,7 +228,7 @@ class LorettaAdpModel(_LorettaModel):
                     f"name target_modules"
                 )
             peft_config.target_modules = set(family.after)
-            peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, family.after_attention)
+            peft_config.exclude_modules = also_excluding(peft_config.exclude_modules, family.after_attention)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _block(self, target: nn.Module, key: str) -> LorettaLayer | None:
@@ -252,12 +263,3 @@ class LorettaAdpModel(_LorettaModel):
 
 def _ends_with(key: str, name: str) -> bool:
     return key == name or key.endswith("." + name)
-
-
-def _also_excluding(exclude_modules: Any, names: tuple[str, ...]) -> Any:
-    if not names:
-        return exclude_modules
-    if isinstance(exclude_modules, str):
-        own = "|".join(name.replace(".", r"\.") for name in names)
-        return rf"(?:{exclude_modules})|(?:.*\.)?(?:{own})"
-    return {*(exclude_modules or ()), *names}
