@@ -10,8 +10,9 @@ from typing import Any
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from .block import NAME, LorettaAdpBlock
+from .block import NAME
 from .config import LorettaAdpConfig, _LorettaConfig
+from .layer import LorettaLayer
 from .targets import FAMILIES
 from .uncalled import cannot_be_adapted
 
@@ -48,7 +49,7 @@ def check_targets(model: nn.Module, config: _LorettaConfig, is_target: Callable[
     elif targets := [name for name in unfit if is_target(name)]:
         ends = sorted({".".join(name.split(".")[-2:]) for name in targets})
         message = (
-            f"an adapter at {targets[0]!r} would do nothing: {unfit[targets[0]]}. Leave it out of target_modules, or "
+            f"no adapter can act at {targets[0]!r}: {unfit[targets[0]]}. Leave it out of target_modules, or "
             f"name all {len(targets)} such modules in exclude_modules: {ends}"
         )
         if not config.inference_mode:
@@ -56,10 +57,13 @@ def check_targets(model: nn.Module, config: _LorettaConfig, is_target: Callable[
         warnings.warn(message, stacklevel=2)
 
 
-def warn_of_unused_ranks(config: _LorettaConfig, targeted: Collection[str]) -> None:
-    """Name the keys of ``tensor_rank_pattern`` that select none of the targeted modules, as PEFT does for its own."""
+def warn_of_unused_ranks(model: nn.Module, adapter_name: str, config: _LorettaConfig) -> None:
+    """Name the keys of ``tensor_rank_pattern`` that select none of the adapted modules, as PEFT does for its own."""
+    adapted = _adapted(model, adapter_name)
     unused = [
-        name for name in config.tensor_rank_pattern if not any(re.match(rf"(.*\.)?({name})$", key) for key in targeted)
+        pattern
+        for pattern in config.tensor_rank_pattern
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted)
     ]
     if unused:
         warnings.warn(
@@ -94,16 +98,21 @@ def warn_of_what_is_left_out(model: nn.Module, adapter_name: str, config: _Loret
 
 def _experts_left_out(model: nn.Module, adapter_name: str) -> list[str]:
     """The names of modules that hold experts as parameters, which are no linears, and are in no adapted block."""
-    blocks = tuple(
-        name.removesuffix(NAME)
-        for name, module in model.named_modules()
-        if isinstance(module, LorettaAdpBlock) and module.has_adapter(adapter_name)
-    )
+    adapted = tuple(f"{name}." for name in _adapted(model, adapter_name))
     return [
         name
         for name, module in model.named_modules()
         if "expert" in type(module).__name__.lower()
         and not isinstance(module, nn.Linear)
         and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
-        and not f"{name}.".startswith(blocks)
+        and not f"{name}.".startswith(adapted)
+    ]
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
+    """The names of the linears and blocks that have the adapter."""
+    return [
+        name.removesuffix(f".{NAME}")
+        for name, module in model.named_modules()
+        if isinstance(module, LorettaLayer) and module.has_adapter(adapter_name)
     ]

@@ -49,7 +49,7 @@ class _LorettaModel(BaseTuner):
         leave_fast_paths(model)
         if not config.inference_mode:
             FirstStep(model)
-        warn_of_unused_ranks(config, self.targeted_module_names)
+        warn_of_unused_ranks(model, adapter_name, config)
         warn_of_what_is_left_out(model, adapter_name, config, given)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)

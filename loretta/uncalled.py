@@ -35,7 +35,7 @@ def cannot_be_adapted(model: nn.Module) -> dict[str, str]:
             for child in _READS_WEIGHTS_OF.get(kind.__name__, ()):
                 found[f"{name}.{child}".lstrip(".")] = f"{kind.__name__} reads its weight and does not call it"
         if isinstance(module, nn.Linear) and "router" in type(module).__name__.lower():
-            found[name] = f"a {type(module).__name__} returns more than its product"
+            found[name] = f"a {type(module).__name__} returns more than one tensor"
     return found
 
 
