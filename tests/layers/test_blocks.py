@@ -17,7 +17,7 @@ from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.block import LorettaAdpBlock
 from loretta.layer import LorettaLayer
 from loretta.targets import FAMILIES, REP_TARGETS, Family
-from loretta_kernels import reference
+from tests.layers.test_placement import definition
 from tests.tiny_models import HIDDEN, tiny_batch, tiny_logits, tiny_model
 
 TASK = "CAUSAL_LM"
@@ -40,14 +40,6 @@ def adp(**fields: Any) -> LorettaAdpConfig:
 
 def blocks(model: nn.Module) -> list[LorettaAdpBlock]:
     return [module for module in model.modules() if isinstance(module, LorettaAdpBlock)]
-
-
-def definition(layer: LorettaAdpBlock, x: torch.Tensor) -> torch.Tensor:
-    """adapter(x), by the reference."""
-    down, up = layer.loretta_adp_down["default"], layer.loretta_adp_up["default"]
-    return reference.tt_adapter(
-        x, down.cores, down.shape, down.bias, up.cores, up.shape, up.bias, activation=layer.activation["default"]
-    )
 
 
 @pytest.mark.parametrize("family", BLOCKS)
