@@ -63,10 +63,11 @@ class LorettaAdpBlock(LorettaAdpLinear):
                 f"the adapters at {type(self.base_layer).__name__} are for [..., {self.in_features}], got "
                 f"{list(value.shape)}"
             )
-        rows = value.reshape(batch.shape) if value.numel() == batch.numel() else value
+        flattened = value.shape != batch.shape and value.numel() == batch.numel()
+        rows = value.reshape(batch.shape) if flattened else value
         for placement in placements:
             rows = self._placed(placement, groups, rows, batch if placement == "parallel_adapter" else rows)
-        return rows.reshape(value.shape)
+        return rows.reshape(value.shape) if flattened else rows
 
     def entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The block's arguments with the adapters at its entrance; None: as they are."""
@@ -104,6 +105,10 @@ class LorettaAdpBlock(LorettaAdpLinear):
         raise ValueError(
             f"the adapter at {type(self.base_layer).__name__} cannot be merged: a block has no one weight to hold it"
         )
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """None: bias="adapter_only" trains the biases of linears; a block may call anything its bias, a flag too."""
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         weights = [weight for weight in base_layer.parameters() if weight.is_floating_point()]

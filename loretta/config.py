@@ -142,7 +142,8 @@ class LorettaAdpConfig(_LorettaConfig):
 
         y = x + scaling · (act(drop(x)·W_down + b_down)·W_up + b_up)
 
-    on the input or the output of the targeted linears, or beside them (``use_parallel_adapter``).
+    on the input or the output of the targeted modules, or beside them (``use_parallel_adapter``). A target is a linear,
+    or a whole block from [..., hidden] to [..., hidden], such as a mixture of experts.
 
     Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417). All fields have working defaults:
 
@@ -154,7 +155,7 @@ class LorettaAdpConfig(_LorettaConfig):
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
         use_parallel_adapter: y = base(x) + adapter(x) instead of an adapter in series.
         use_adapterp: adapt the output of the feed-forward block only.
-        adapter_type: "mh_adapter" (on the input of the linear) or "output_adapter" (on its output), for all targets, or
+        adapter_type: "mh_adapter" (on the input of the module) or "output_adapter" (on its output), for all targets, or
             a dict from target name to one of them. None: the family's placement where it is known, else the output.
         scaling: a number, or "learned" (one scalar per adapter, from 1).
         bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears).
@@ -174,7 +175,7 @@ class LorettaAdpConfig(_LorettaConfig):
     bottleneck_size: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     non_linearity: str = field(default="relu", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
     adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    use_parallel_adapter: bool = field(default=False, metadata={"help": "Adapt beside the linear, not in series."})
+    use_parallel_adapter: bool = field(default=False, metadata={"help": "Adapt beside the module, not in series."})
     use_adapterp: bool = field(default=False, metadata={"help": "Adapt the output of the feed-forward block only."})
     adapter_type: str | dict[str, str] | None = field(
         default=None, metadata={"help": "'mh_adapter' (input) or 'output_adapter', for all targets or by target name."}

@@ -63,7 +63,7 @@ def _holds_trained(module: nn.Module) -> bool:
 class FirstStep:
     """A model's forward hook that warns, once, of adapted modules which its first training step did not call.
 
-    Under torch.compile it stays silent.
+    It stays silent where anything is compiled: hooks would be traced.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +78,8 @@ class FirstStep:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
         self.remove()
+        if any("_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()):
+            return
         waiting = {module: name for name, module in model.named_modules() if _acts(module)}
         count = len(waiting)
         hooks: list[RemovableHandle] = []

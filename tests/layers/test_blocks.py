@@ -64,7 +64,7 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
-        self.tag = "mine"
+        self.bias = True
 
     def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return scale * self.down(torch.tanh(self.up(hidden_states)))
@@ -136,10 +136,10 @@ def test_a_block_that_gives_another_width_than_the_models_is_named() -> None:
 def test_the_block_stays_what_it_was() -> None:
     model = Model(Residual())
     block, names = model.block, set(model.state_dict())
-    wrapped = get_peft_model(model, adp(target_modules=["block"], task_type=None)).eval()
+    wrapped = get_peft_model(model, adp(target_modules=["block"], task_type=None, bias="adapter_only")).eval()
     assert model.block is block
     assert type(block) is Residual
-    assert block.tag == "mine"
+    assert block.bias is True
     assert names < set(model.state_dict())
     x = torch.randn(2, 3, 12)
     block.forward = lambda hidden_states, scale: hidden_states  # what kernels and patches of transformers do

@@ -122,6 +122,21 @@ def test_what_is_adapted_but_not_called_is_told_once_after_the_first_training_st
         model(x)
 
 
+@pytest.mark.parametrize("how", ["module", "in-place"])
+def test_compiled_parts_are_not_hooked(how: str) -> None:
+    base = Reader()
+    model = get_peft_model(base, LorettaRepConfig(target_modules=["called", "read"])).train()
+    torch._dynamo.reset()
+    if how == "module":
+        base.called = torch.compile(base.called, fullgraph=True, backend="eager")
+    else:
+        base.called.compile(fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(torch.randn(2, 6))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_nothing_is_told_of_a_model_that_calls_all_or_whose_forward_fails() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
