@@ -238,6 +238,12 @@ def test_beside_a_16_bit_block_the_cores_are_fp32_and_activations_keep_their_dty
     assert model(**tiny_batch(TASK)).logits.dtype == torch.bfloat16
 
 
+def test_an_adapter_is_made_on_the_device_of_its_block() -> None:
+    with torch.device("meta"):
+        base = tiny_model("mixtral")
+    assert all(p.is_meta for block in blocks(get_peft_model(base, adp())) for p in block.parameters())
+
+
 class Pooler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
