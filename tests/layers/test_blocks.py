@@ -343,7 +343,7 @@ def test_rep_has_a_default_for_every_family_that_lora_has() -> None:
 
 
 def test_a_default_that_is_a_regex_cannot_be_restricted_to_layers(monkeypatch) -> None:
-    monkeypatch.delitem(FAMILIES, "llama")
+    monkeypatch.setattr("loretta.targets.FAMILIES", {name: row for name, row in FAMILIES.items() if name != "llama"})
     monkeypatch.setitem(REP_TARGETS.others, "llama", r".*\.(q_proj|v_proj)")
     model = get_peft_model(tiny_model("llama"), LorettaRepConfig(task_type=TASK))
     assert sum(isinstance(module, LorettaLayer) for module in model.modules()) == 4
