@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from loretta_kernels import tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import LorettaLayer, dropout_probability, train_shape
+from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -28,8 +27,8 @@ class LorettaAdpLinear(LorettaLayer):
     adapter_layer_names: tuple[str, ...] = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_scaling")
     other_param_names: tuple[str, ...] = ("placement", "activation", "adapter_dropout", "scaling")
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__(base_layer, **quantization_kwargs)
+    def __init__(self, base_layer: nn.Module, width: int | None = None, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, width, **quantization_kwargs)
         self.loretta_adp_down = nn.ModuleDict()
         self.loretta_adp_up = nn.ModuleDict()
         self.loretta_adp_scaling = nn.ModuleDict()
@@ -43,8 +42,7 @@ class LorettaAdpLinear(LorettaLayer):
     ) -> None:
         """Create the two projections and, where it is learned, the scaling."""
         assert isinstance(config, LorettaAdpConfig)
-        ranks = config.rank_pattern
-        rank = ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
+        rank = bond_rank(config, key)
         width_in = self.out_features if placement == "output_adapter" else self.in_features
         width_out = self.in_features if placement == "mh_adapter" else self.out_features
 
@@ -62,20 +60,20 @@ class LorettaAdpLinear(LorettaLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer with each named adapter at its placement."""
-        by_placement: dict[str, list[str]] = {}
-        for name in adapter_names:
-            by_placement.setdefault(self.placement[name], []).append(name)
-
-        inner = self._add_adapters(x, x, by_placement.get("mh_adapter", []))
-        result = self.base_layer(inner, *args, **kwargs)
-        if adapter_names and self.quantization_backend is not None:
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the adapters of each group at their placements."""
+        result = self.base_layer(self._placed("mh_adapter", groups, x, x), *args, **kwargs)
+        if groups and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        result = self._add_adapters(result, result, by_placement.get("output_adapter", []))
-        return self._add_adapters(x, result, by_placement.get("parallel_adapter", []))
+        result = self._placed("output_adapter", groups, result, result)
+        return self._placed("parallel_adapter", groups, result, x)
 
-    def _add_adapters(self, x: torch.Tensor, residual: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _placed(self, placement: str, groups: Groups, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual plus what the adapters of this placement make of x."""
+        here = [([name for name in names if self.placement[name] == placement], rows) for names, rows in groups]
+        return self._on_rows(self._add_adapters, [group for group in here if group[0]], residual, x)
+
+    def _add_adapters(self, adapter_names: list[str], residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
             residual = self._add_adapter(name, x, residual)
         return residual

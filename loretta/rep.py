@@ -12,7 +12,7 @@ from torch import nn
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import LorettaLayer, dropout_probability, train_shape
+from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -62,7 +62,7 @@ class LorettaRepLinear(LorettaLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.enable_lora[adapter_name] = config.enable_lora
         self.merge_weights[adapter_name] = config.merge_weights
-        rank = config.tensor_rank
+        rank = bond_rank(config, key)
         self.loretta_rep_A[adapter_name] = TensorTrain(train_shape(config, self.in_features, r, rank))
         self.loretta_rep_B[adapter_name] = TensorTrain(
             train_shape(config, r, out_features, rank), zero=config.init_weights is True
@@ -75,11 +75,14 @@ class LorettaRepLinear(LorettaLayer):
         assert isinstance(train, TensorTrain)
         return train
 
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) plus the delta of each named adapter."""
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) plus the deltas of each group's adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if adapter_names and self.quantization_backend is not None:
+        if groups and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return self._on_rows(self._add_deltas, groups, result, x)
+
+    def _add_deltas(self, adapter_names: list[str], result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
             a, b = self._train("A", name), self._train("B", name)
             dropout_p = dropout_probability(self.lora_dropout[name], self.training)
