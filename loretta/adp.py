@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from loretta_kernels import tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -27,14 +27,14 @@ class LorettaAdpLinear(LorettaLayer):
     adapter_layer_names: tuple[str, ...] = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_scaling")
     other_param_names: tuple[str, ...] = ("placement", "activation", "adapter_dropout", "scaling")
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__(base_layer, **quantization_kwargs)
+    def __init__(self, base_layer: nn.Module, width: int | None = None, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, width, **quantization_kwargs)
         self.loretta_adp_down = nn.ModuleDict()
         self.loretta_adp_up = nn.ModuleDict()
-        self.loretta_adp_scaling = nn.ParameterDict()
+        self.loretta_adp_scaling = nn.ModuleDict()
         self.placement: dict[str, str] = {}
         self.activation: dict[str, str] = {}
-        self.adapter_dropout: dict[str, float] = {}
+        self.adapter_dropout = nn.ModuleDict()  # nn.Dropout: what TRL and others look for to switch dropout off
         self.scaling: dict[str, float] = {}
 
     def add_adapter(
@@ -42,47 +42,46 @@ class LorettaAdpLinear(LorettaLayer):
     ) -> None:
         """Create the two projections and, where it is learned, the scaling."""
         assert isinstance(config, LorettaAdpConfig)
-        ranks = config.rank_pattern
-        rank = ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
+        rank = bond_rank(config, key)
         width_in = self.out_features if placement == "output_adapter" else self.in_features
         width_out = self.in_features if placement == "mh_adapter" else self.out_features
 
         self.placement[adapter_name] = placement
         self.activation[adapter_name] = config.activation
-        self.adapter_dropout[adapter_name] = config.adapter_dropout
+        self.adapter_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
         self.loretta_adp_down[adapter_name] = _projection(config, width_in, config.bottleneck_size, rank)
         self.loretta_adp_up[adapter_name] = _projection(
             config, config.bottleneck_size, width_out, rank, zero=config.init_weights is True
         )
         if config.scaling == "learned":
-            self.loretta_adp_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+            self.loretta_adp_scaling[adapter_name] = Scale()
         else:
             self.scaling[adapter_name] = float(config.scaling)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer with each named adapter at its placement."""
-        by_placement: dict[str, list[str]] = {}
-        for name in adapter_names:
-            by_placement.setdefault(self.placement[name], []).append(name)
-
-        inner = self._add_adapters(x, x, by_placement.get("mh_adapter", []))
-        result = self.base_layer(inner, *args, **kwargs)
-        if adapter_names and self.quantization_backend is not None:
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the adapters of each group at their placements."""
+        result = self.base_layer(self._placed("mh_adapter", groups, x, x), *args, **kwargs)
+        if groups and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        result = self._add_adapters(result, result, by_placement.get("output_adapter", []))
-        return self._add_adapters(x, result, by_placement.get("parallel_adapter", []))
+        result = self._placed("output_adapter", groups, result, result)
+        return self._placed("parallel_adapter", groups, result, x)
 
-    def _add_adapters(self, x: torch.Tensor, residual: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _placed(self, placement: str, groups: Groups, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual plus what the adapters of this placement make of x."""
+        here = [([name for name in names if self.placement[name] == placement], rows) for names, rows in groups]
+        return self._on_rows(self._add_adapters, [group for group in here if group[0]], residual, x)
+
+    def _add_adapters(self, adapter_names: list[str], residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
             residual = self._add_adapter(name, x, residual)
         return residual
 
     def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
-        scale = self.loretta_adp_scaling[name] if name in self.loretta_adp_scaling else self.scaling[name]
-        dropout_p = self.adapter_dropout[name] if self.training else 0.0
+        scale = self._scale(name)
+        dropout_p = dropout_probability(self.adapter_dropout[name], self.training)
         if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
             return tt_adapter(
                 x,
@@ -99,22 +98,77 @@ class LorettaAdpLinear(LorettaLayer):
         h = ACTIVATIONS[self.activation[name]](down(h))
         return residual + (scale * up(h)).to(residual.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises.
+    @torch.no_grad()
+    def lora_factors(
+        self, adapter_name: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a linear adapter adds to the layer's output, as ``x·A·B + c`` with the scaling in B and c.
+
+        Args:
+            weight, bias: of the linear that is adapted, [in, out] and [out]; without a weight both are the base's.
+
+        Returns:
+            A [in, k], B [k, out] and c [out], k at most the waist of the trains, in the weight's dtype.
 
         Raises:
-            ValueError: an adapter with a nonlinearity is no linear map, so no weight can hold it.
+            ValueError: the adapter has a nonlinearity.
         """
-        raise ValueError(MERGE_ERROR)
+        if self.activation[adapter_name] != "identity":
+            raise ValueError(MERGE_ERROR)
+        if weight is None:
+            weight, bias = self.base_parameters()
+        scale = self._scale(adapter_name)
+        down, down_bias = _linear(self.loretta_adp_down[adapter_name], weight.dtype)
+        up, up_bias = _linear(self.loretta_adp_up[adapter_name], weight.dtype)
+        chain = [*down, *up]
+        cut = min(range(1, len(chain)), key=lambda k: len(chain[k]))
+        a, b = reduce(torch.matmul, chain[:cut]), scale * reduce(torch.matmul, chain[cut:])
+        c = scale * (reduce(torch.matmul, up, down_bias) + up_bias)
+        if self.placement[adapter_name] == "mh_adapter":
+            return a, b @ weight, c @ weight
+        if self.placement[adapter_name] == "output_adapter":
+            return weight @ a, b, c if bias is None else c + bias @ a @ b
+        return a, b, c
 
-    def unmerge(self) -> None:
-        """Nothing to do: this method's adapters are never merged."""
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, adapter_names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The adapters on the input folded in first, then those on the output, then those beside the linear."""
+        for placement in ("mh_adapter", "output_adapter", "parallel_adapter"):
+            placed = [name for name in adapter_names if self.placement[name] == placement]
+            deltas = [self.lora_factors(name, weight, bias) for name in placed]
+            for a, b, c in deltas:
+                weight = weight + a @ b
+                bias = c if bias is None else bias + c
+        return weight, bias
+
+    def _scale(self, adapter_name: str) -> float | torch.Tensor:
+        if adapter_name not in self.loretta_adp_scaling:
+            return self.scaling[adapter_name]
+        learned = self.loretta_adp_scaling[adapter_name]
+        assert isinstance(learned, Scale)
+        return learned.value
+
+
+class Scale(nn.Module):
+    """A learned scale, from 1: a module, since the name of a trained tensor has the adapter's in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(1))
 
 
 MERGE_ERROR = (
     "LoRETTA_adp adapters cannot be merged: between their two projections there is a nonlinearity, so no weight of the "
-    "base model can hold them. Keep the adapter, call unload() for the bare base model, or train LoRETTA_rep instead."
+    "base model can hold them. Keep the adapter, call unload() for the bare base model, or train LoRETTA_rep, or "
+    "LoRETTA_adp with non_linearity='identity', instead."
 )
+
+
+def _linear(projection: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Matrices whose product is the projection's, [in, out], and its bias."""
+    chain = projection.halves() if isinstance(projection, TensorTrain) else [projection.weight.T]
+    return [matrix.to(dtype) for matrix in chain], projection.bias.to(dtype)
 
 
 def _projection(

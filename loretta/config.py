@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,16 +91,16 @@ class _LorettaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The name of the nn.ModuleList that layers_to_transform counts in."}
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks by module name or regex, overriding the default."}
+    tensor_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "tensor_rank by module name or regex, overriding the default."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int("tensor_rank", self.tensor_rank, 1)
-        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
-        for name, rank in self.rank_pattern.items():
-            require_int(f"rank_pattern[{name!r}]", rank, 1)
+        self.tensor_rank_pattern = as_pattern("tensor_rank_pattern", self.tensor_rank_pattern)
+        for name, rank in self.tensor_rank_pattern.items():
+            require_int(f"tensor_rank_pattern[{name!r}]", rank, 1)
         for name in ("train_layernorm", "tensorize_head"):
             require_bool(name, getattr(self, name))
         if self.init_weights not in (True, False, "gaussian") or isinstance(self.init_weights, (int, float)) != (
@@ -141,24 +142,26 @@ class LorettaAdpConfig(_LorettaConfig):
 
         y = x + scaling · (act(drop(x)·W_down + b_down)·W_up + b_up)
 
-    on the input or the output of the targeted linears, or beside them (``use_parallel_adapter``).
+    on the input or the output of the targeted modules, or beside them (``use_parallel_adapter``). A target is a linear,
+    or a whole block from [..., hidden] to [..., hidden], such as a mixture of experts.
 
     Source: LoRETTA (Yang et al., NAACL 2024, arXiv 2402.11417). All fields have working defaults:
 
     Args:
         bottleneck_size: width of the bottleneck, 1 or more.
         non_linearity: one of relu, gelu, gelu_new (= gelu_tanh, gelu_pytorch_tanh), silu (= swish), tanh,
-            identity (= linear).
+            identity (= linear). With identity the adapter is linear: it merges, and exports as a LoRA.
         adapter_dropout: dropout on the adapter's input, in [0, 1).
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
         use_parallel_adapter: y = base(x) + adapter(x) instead of an adapter in series.
         use_adapterp: adapt the output of the feed-forward block only.
-        adapter_type: "mh_adapter" (on the input of the linear) or "output_adapter" (on its output), for all targets, or
+        adapter_type: "mh_adapter" (on the input of the module) or "output_adapter" (on its output), for all targets, or
             a dict from target name to one of them. None: the family's placement where it is known, else the output.
         scaling: a number, or "learned" (one scalar per adapter, from 1).
-        bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears).
+        bias: "none", "all" (every bias of the base model is trained) or "adapter_only" (those of targeted linears);
+            they keep the base's dtype.
         tensorized: False keeps the two projections dense.
-        tensor_rank, rank_pattern: the rank of every bond, and exceptions by module name.
+        tensor_rank, tensor_rank_pattern: the rank of every bond, and exceptions by module name or regex.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
@@ -173,15 +176,22 @@ class LorettaAdpConfig(_LorettaConfig):
     bottleneck_size: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     non_linearity: str = field(default="relu", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
     adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    use_parallel_adapter: bool = field(default=False, metadata={"help": "Adapt beside the linear, not in series."})
+    use_parallel_adapter: bool = field(default=False, metadata={"help": "Adapt beside the module, not in series."})
     use_adapterp: bool = field(default=False, metadata={"help": "Adapt the output of the feed-forward block only."})
     adapter_type: str | dict[str, str] | None = field(
         default=None, metadata={"help": "'mh_adapter' (input) or 'output_adapter', for all targets or by target name."}
     )
     scaling: float | str = field(default=1.0, metadata={"help": "A number, or 'learned'."})
     tensorized: bool = field(default=True, metadata={"help": "False: dense projections."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "The former name of tensor_rank_pattern: taken as that, with a warning."},
+    )
 
     def __post_init__(self) -> None:
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
+        if self.rank_pattern:
+            self._rename_rank_pattern()
         super().__post_init__()
         self.peft_type = LORETTA_ADP
         require_int("bottleneck_size", self.bottleneck_size, 1, WIDEST)
@@ -201,6 +211,21 @@ class LorettaAdpConfig(_LorettaConfig):
         if self.adapter_type is not None and (self.use_parallel_adapter or self.use_adapterp):
             raise ValueError("adapter_type has no meaning with use_parallel_adapter or use_adapterp")
 
+    def _rename_rank_pattern(self) -> None:
+        """Files of version 0.1 name the bond ranks rank_pattern, which in PEFT are values of r."""
+        if self.tensor_rank_pattern:
+            raise ValueError(
+                f"rank_pattern is the former name of LoRETTA_adp's tensor_rank_pattern; give the latter only, "
+                f"got {self.rank_pattern!r} and {self.tensor_rank_pattern!r}"
+            )
+        warnings.warn(
+            f"LoRETTA_adp's rank_pattern is now called tensor_rank_pattern, since in PEFT rank_pattern overrides r: "
+            f"{self.rank_pattern!r} are taken as the ranks of bonds, as before",
+            FutureWarning,
+            stacklevel=4,
+        )
+        self.tensor_rank_pattern, self.rank_pattern = self.rank_pattern, {}
+
     @property
     def activation(self) -> str:
         """The kernels' name of ``non_linearity``."""
@@ -216,15 +241,20 @@ class LorettaRepConfig(_LorettaConfig):
     Args:
         r: inner dimension of A [in, r] and B [r, out], 1 or more.
         lora_alpha: the delta is scaled by lora_alpha / r.
-        lora_dropout: dropout on the input of A, in [0, 1).
+        lora_dropout: dropout on the input of A, in [0, 1). The default is 0.05, as in the released package; PEFT's LoRA
+            has 0 by default: set both alike where the two are compared. TRL's DPO and KTO switch it off
+            (``disable_dropout``); where it stays on, the policy drops elements and the reference does not, so that the
+            first loss is off ln 2 for an adapter that does not start as its base.
         target_modules: names (suffixes), a regex, or "all-linear"; None takes the model family's default.
-        merge_weights: merge on ``model.eval()``, unmerge on ``model.train()``; a round trip rounds the base weight.
+        merge_weights: merge on ``model.eval()``, unmerge on ``model.train()``, which gives the base weight back as it
+            was. While merged, the base weight takes its memory twice.
         fan_in_fan_out: accepted as in PEFT's LoRA; how a base weight is stored follows from its layer's type.
         enable_lora: for fused projections: which of the ``len(enable_lora)`` equal slices of the output are adapted,
             such as ``[True, False, True]`` for q and v of a fused q, k, v.
-        bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears).
-        tensor_rank: the rank of every bond.
-        rank_pattern, alpha_pattern: r and lora_alpha by module name or regex.
+        bias: "none", "all" (every bias of the base model is trained) or "lora_only" (those of targeted linears); they
+            keep the base's dtype.
+        tensor_rank, tensor_rank_pattern: the rank of every bond, and exceptions by module name or regex.
+        rank_pattern, alpha_pattern: r and lora_alpha by module name or regex, as in PEFT's LoRA.
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
@@ -238,7 +268,7 @@ class LorettaRepConfig(_LorettaConfig):
 
     r: int = field(default=8, metadata={"help": "Inner dimension of the two factors."})
     lora_alpha: float = field(default=16, metadata={"help": "The delta is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A (0 in PEFT's LoRA)."})
     merge_weights: bool = field(default=False, metadata={"help": "Merge on eval(), unmerge on train()."})
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Follows from the layer's type; True on others warns."}
@@ -246,6 +276,7 @@ class LorettaRepConfig(_LorettaConfig):
     enable_lora: list[bool] | None = field(
         default=None, metadata={"help": "Which equal slices of a fused projection's output are adapted."}
     )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r by module name or regex."})
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "lora_alpha by module name or regex."}
     )
@@ -255,6 +286,9 @@ class LorettaRepConfig(_LorettaConfig):
         self.peft_type = LORETTA_REP
         require_int("r", self.r, 1, WIDEST)
         require_number("lora_alpha", self.lora_alpha)
+        self.rank_pattern = as_pattern("rank_pattern", self.rank_pattern)
+        for name, r in self.rank_pattern.items():
+            require_int(f"rank_pattern[{name!r}]", r, 1)
         self.alpha_pattern = as_pattern("alpha_pattern", self.alpha_pattern)
         for name, alpha in self.alpha_pattern.items():
             require_number(f"alpha_pattern[{name!r}]", alpha)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,26 +16,38 @@ from transformers.pytorch_utils import Conv1D
 from loretta_kernels import TTShape
 
 from .config import _LorettaConfig
+from .merging import Merging
+from .whole import TrainedWhole
+
+Groups = list[tuple[list[str], "torch.Tensor | None"]]  # adapters and the rows [n] they act on; None: on all rows
+Act = Callable[[list[str], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class LorettaLayer(nn.Module, BaseTunerLayer):
-    """A linear layer of the base model with adapters beside or around it.
+class LorettaLayer(Merging):
+    """A layer of the base model with adapters beside or around it.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, a linear quantised by a backend PEFT knows, or a PEFT layer
             around one of these.
+        width: of a whole block [..., width], which is then the base layer, and whose child this layer is to be.
         quantization_kwargs: what PEFT's quantisation backends need to requantise on merging.
 
     Raises:
         TypeError: base_layer is none of these.
     """
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, width: int | None = None, **quantization_kwargs: Any) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
+        self.trained_whole: list[TrainedWhole] = []  # all of the model's; in a list they are no submodules
+        self.in_features: int
+        self.out_features: int
+        if width is not None:
+            self.__dict__["base_layer"] = base_layer  # no child of this layer: the block holds it
+            self.in_features = self.out_features = width
+            return
+        self.base_layer = base_layer
         linear = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(linear, **quantization_kwargs)
         if self.quantization_backend is None and not isinstance(linear, (nn.Linear, Conv1D)):
@@ -41,8 +55,6 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 f"LoRETTA adapts torch.nn.Linear, transformers' Conv1D and the quantised linears PEFT knows, "
                 f"got {type(linear).__name__}"
             )
-        self.in_features: int
-        self.out_features: int
         self.in_features, self.out_features = _get_in_out_features(linear)  # type: ignore[assignment]
 
     @abstractmethod
@@ -53,9 +65,31 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         """Whether this layer holds an adapter of that name."""
         return adapter_name in getattr(self, self.adapter_layer_names[0])
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; on with the norms and heads trained beside them.
+
+        transformers' ``model.enable_adapters()`` calls PEFT's layers alone, its ``disable_adapters()`` both.
+        """
+        super().enable_adapters(enabled)
+        for module in self.trained_whole:
+            if enabled and module.disable_adapters:
+                module.enable_adapters(True)
+
+    def follow_base_dtype(self, adapter_name: str) -> None:
+        """Hold an adapter's weights in the dtype of the base layer, where that is a floating-point one."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the dtype of the base layer, which would round weights that were just loaded.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for kind in self.adapter_layer_names:
+            weights = getattr(self, kind)
+            if adapter_name in weights and not any(p.is_meta for p in weights[adapter_name].parameters()):
+                weights[adapter_name].to(device)
+
     @abstractmethod
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer with the named adapters, all of which this layer holds."""
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer, run once on all rows, with the adapters of each group on the rows of that group."""
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -64,20 +98,20 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
         ``adapter_names`` names an adapter for each row of the batch ("__base__": none), as in PEFT's mixed batches.
         """
+        return self.adapted(x, self._groups(x, adapter_names), *args, **kwargs)
+
+    def _groups(self, x: torch.Tensor, adapter_names: list[str] | None) -> Groups:
+        """Which adapters act on which rows of the batch x."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if self.has_adapter(name)]
-        return self.adapted(x, active, *args, **kwargs)
-
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+            return []
+        if adapter_names is None:
+            if self.merged:
+                self.merge_changes()
+                return []
+            active = [name for name in self.active_adapters if self.has_adapter(name)]
+            return [(active, None)] if active else []
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -89,13 +123,40 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             )
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
-            rows.setdefault(name, []).append(row)
-        parts = {
-            name: self.adapted(x[index], [name] if self.has_adapter(name) else [], *args, **kwargs)
-            for name, index in rows.items()
-        }
-        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
-        return torch.cat(list(parts.values()))[order.argsort()]
+            if self.has_adapter(name):
+                rows.setdefault(name, []).append(row)
+        return [([name], torch.tensor(index, device=x.device)) for name, index in rows.items()]
+
+    @staticmethod
+    def _on_rows(act: Act, groups: Groups, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``act(names, value, x)`` on the rows of each group; the rows of no group keep their value.
+
+        Args:
+            act: what the named adapters make of value [rows, ...], given x [rows, ...].
+            groups: the adapters, and the rows of value and x that they act on.
+            value, x: one tensor or two, with the same rows.
+        """
+        result = value
+        for names, rows in groups:
+            if rows is None:
+                return act(names, value, x)
+            if result is value:
+                result = value.clone()
+            mine = value[rows]
+            result.index_copy_(0, rows, act(names, mine, mine if x is value else x[rows]).to(result.dtype))
+        return result
+
+
+def bond_rank(config: _LorettaConfig, key: str) -> int:
+    """The rank of the bonds of the trains at the module called ``key``."""
+    ranks = config.tensor_rank_pattern
+    return ranks.get(get_pattern_key(list(ranks), key), config.tensor_rank)
+
+
+def dropout_probability(dropout: nn.Module, training: bool) -> float:
+    """The probability with which a layer in that mode drops elements."""
+    assert isinstance(dropout, nn.Dropout)
+    return dropout.p if training else 0.0
 
 
 def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:

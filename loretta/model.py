@@ -8,20 +8,27 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftConfig, TaskType
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .adp import MERGE_ERROR, LorettaAdpLinear
+from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
+from .coverage import also_excluding, check_targets, warn_of_unused_ranks, warn_of_what_is_left_out
 from .layer import LorettaLayer, train_shape
+from .merging import declare_biases
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
-from .targets import FAMILIES, TargetTable
+from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
 from .tensor_train import TensorTrain
+from .uncalled import FirstStep, forget_first_step, leave_fast_paths, return_to_fast_paths
+from .whole import TrainedWhole
 
 
 class _LorettaModel(BaseTuner):
@@ -35,13 +42,37 @@ class _LorettaModel(BaseTuner):
         A config given to load by is kept: PEFT promises that the model holds that very object.
         """
         config = self.peft_config[adapter_name]
+        assert isinstance(config, _LorettaConfig)
         if not config.inference_mode:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
             check_gradients_pass(model)
         keep_unpacked(model)
+        given = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fast_paths(model)
+        if not config.inference_mode:
+            FirstStep(model)
+        warn_of_unused_ranks(model, adapter_name, config)
+        warn_of_what_is_left_out(model, adapter_name, config, given)
         if path := _tensorised_head(config, model):
             self._tensorise_head(model, adapter_name, config, path)
+        for module in model.modules():
+            if type(module) is ModulesToSaveWrapper:
+                TrainedWhole.adopt(module)
+        whole = [module for module in model.modules() if isinstance(module, TrainedWhole)]
+        for module in model.modules():
+            if isinstance(module, LorettaLayer):
+                module.trained_whole = whole
+        self._cast_adapter_dtype(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold all that the adapter trains in fp32 beside a base of sixteen bits, or else in the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, TrainedWhole) and autocast_adapter_dtype:
+                module.widen(adapter_name)
+            elif isinstance(module, (LorettaLayer, TrainedWhole)) and not autocast_adapter_dtype:
+                module.follow_base_dtype(adapter_name)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, _LorettaConfig)
@@ -52,6 +83,17 @@ class _LorettaModel(BaseTuner):
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None
+        check_targets(model, peft_config, partial(self._check_target_module_exists, peft_config))
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        assert isinstance(config, _LorettaConfig)
+        if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list of names, but the default of "
+                f"{model_config['model_type']!r} is a regex: {config.target_modules!r}"
+            )
+        return config
 
     @staticmethod
     def _tensorise_head(model: nn.Module, adapter_name: str, config: PeftConfig, path: str) -> None:
@@ -69,7 +111,9 @@ class _LorettaModel(BaseTuner):
                 continue
             shape = train_shape(config, dense.in_features, dense.out_features, config.tensor_rank)
             train = TensorTrain(shape, bias=dense.bias is not None)
-            setattr(own, dense_name, train.to(dense.weight.device).requires_grad_(dense.weight.requires_grad))
+            if not train.cores.is_meta:  # as PEFT's low_cpu_mem_usage has it, until weights are loaded
+                train.to(dense.weight.device)
+            setattr(own, dense_name, train.requires_grad_(dense.weight.requires_grad))
 
     def _create_and_replace(
         self,
@@ -84,6 +128,8 @@ class _LorettaModel(BaseTuner):
         assert isinstance(peft_config, _LorettaConfig)
         if isinstance(target, self.tuner_layer_cls):
             layer = target
+        elif (block := self._block(target, current_key)) is not None:
+            layer = block
         else:
             try:
                 layer = self.tuner_layer_cls(target, **get_quantization_kwargs(self))
@@ -92,34 +138,45 @@ class _LorettaModel(BaseTuner):
             setattr(parent, target_name, layer)
         layer.add_adapter(adapter_name, peft_config, current_key, **self._adapter_options(peft_config, current_key))
 
+    def _block(self, target: nn.Module, key: str) -> LorettaLayer | None:
+        """The layer of a target that is a whole block and no linear; None where a method adapts linears only."""
+        return None
+
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         """What a method tells its layer called ``key`` beyond the config."""
         return {}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Unload as PEFT does, with merged heads dense again; without merging, norms and heads are the base's own."""
-        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        if not merge:
-            for wrapper in wrappers:
-                wrapper.set_adapter([])
-        dtypes = {
-            train: wrapper.original_module.get_submodule(name).weight.dtype
-            for wrapper in wrappers
-            for own in wrapper.modules_to_save.values()
-            for name, train in own.named_modules()
-            if isinstance(train, TensorTrain)
-        }
+        """Unload as PEFT does; without merging, whatever is merged is taken out first."""
+        if not merge and any(isinstance(module, LorettaLayer) and module.merged for module in self.model.modules()):
+            self.unmerge_adapter()
         super()._unload_and_optionally_merge(merge, *args, **kwargs)  # returns self.model, whatever its annotation
-        model = self.model
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TensorTrain):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.to_linear(dtypes[module]))
-        return model
+        forget_first_step(self.model)
+        return_to_fast_paths(self.model)
+        return self.model
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: PeftConfig
+    ) -> dict[str, torch.Tensor]:
+        """The trained biases of the base: of merged layers those that nothing is merged into."""
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        for name, layer in model.named_modules():
+            key = f"{name}.base_layer.bias"
+            if isinstance(layer, LorettaLayer) and layer.merged and key in found:
+                bias = layer.unmerged_linear().bias
+                if bias is None:
+                    del found[key]
+                else:
+                    found[key] = bias.detach()
+        return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
-        setattr(parent, child_name, new_module)
+        if isinstance(child, LorettaAdpBlock):
+            child.detach_from_block()
+        else:
+            setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -175,7 +232,7 @@ class LorettaRepModel(_LorettaModel):
 
     prefix = "loretta_rep_"
     tuner_layer_cls = LorettaRepLinear
-    target_module_mapping = TargetTable("rep")  # type: ignore[assignment]
+    target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
 
 class LorettaAdpModel(_LorettaModel):
@@ -183,7 +240,7 @@ class LorettaAdpModel(_LorettaModel):
 
     prefix = "loretta_adp_"
     tuner_layer_cls = LorettaAdpLinear
-    target_module_mapping = TargetTable("before", "after", "after_attention")  # type: ignore[assignment]
+    target_module_mapping = ADP_TARGETS  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, LorettaAdpConfig)
@@ -191,12 +248,19 @@ class LorettaAdpModel(_LorettaModel):
         if peft_config.target_modules is None and peft_config.use_adapterp and family:
             if not family.after:
                 raise ValueError(
-                    f"use_adapterp: the feed-forward blocks of {model_config['model_type']!r} have no linear at their "
-                    f"exit; name target_modules"
+                    f"use_adapterp: no exit of the feed-forward blocks of {model_config['model_type']!r} is known; "
+                    f"name target_modules"
                 )
             peft_config.target_modules = set(family.after)
-            peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, family.after_attention)
+            peft_config.exclude_modules = also_excluding(peft_config.exclude_modules, family.after_attention)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _block(self, target: nn.Module, key: str) -> LorettaLayer | None:
+        if isinstance(target, (nn.Linear, Conv1D, BaseTunerLayer)) or hasattr(target, "in_features"):
+            return None
+        if resolve_quantization_backend(target) is not None:
+            return None
+        return getattr(target, NAME, None) or LorettaAdpBlock(target, block_width(self.model, key))
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LorettaAdpConfig)
@@ -214,21 +278,57 @@ class LorettaAdpModel(_LorettaModel):
             if _ends_with(key, name):
                 return placement
         family = FAMILIES.get(self.get_model_config(self.model).get("model_type", ""))
-        before = family.before if family else ()
+        before = (*family.before, *family.before_if_named) if family else ()
         return "mh_adapter" if any(_ends_with(key, name) for name in before) else "output_adapter"
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_ERROR)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as PEFT does, if every adapter that is asked for is linear.
+
+        Raises:
+            ValueError: one is not; nothing is merged then.
+        """
+        self._check_linear(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_linear(adapter_names)
+        bare = [
+            name
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LorettaAdpLinear)
+            and not isinstance(layer, LorettaAdpBlock)
+            and getattr(layer.unmerged_linear(), "bias", None) is None
+        ]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        declare_biases(model, [name for name in bare if getattr(model.get_submodule(name), "bias", None) is not None])
+        return model
+
+    def _check_linear(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config.get(name)
+            if isinstance(config, LorettaAdpConfig) and config.activation != "identity":
+                raise ValueError(MERGE_ERROR)
+            for layer in self.model.modules():
+                if isinstance(layer, LorettaAdpBlock) and layer.has_adapter(name):
+                    layer.merge()  # raises
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Also for files of the time when a learned scale was named without its last part."""
+        state_dict = {
+            f"{key}.value" if key.endswith(".loretta_adp_scaling") else key: value for key, value in state_dict.items()
+        }
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _ends_with(key: str, name: str) -> bool:
     return key == name or key.endswith("." + name)
-
-
-def _also_excluding(exclude_modules: Any, names: tuple[str, ...]) -> Any:
-    if not names:
-        return exclude_modules
-    if isinstance(exclude_modules, str):
-        own = "|".join(name.replace(".", r"\.") for name in names)
-        return rf"(?:{exclude_modules})|(?:.*\.)?(?:{own})"
-    return {*(exclude_modules or ()), *names}

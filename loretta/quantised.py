@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _PACKS_ITSELF = "support_avx512bf16_for_cpu"  # bitsandbytes' flag of a 4-bit layer, from 0.49 on
 
@@ -33,6 +34,24 @@ def keep_unpacked(model: nn.Module) -> None:
             f"Load the model again, and wrap it, or call loretta.quantised.keep_unpacked(model), before its first "
             f"forward"
         )
+
+
+def copy_of_linear(linear: Any, bias: nn.Parameter | None, weight: Tensor | None) -> Any:
+    """A copy of a linear, quantised or not, with another bias, and another weight where one is given.
+
+    Hooks are shared: accelerate's holds the offloaded weights of the whole model, others note what they see.
+    """
+    hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values(), getattr(linear, "_hf_hook", None)]
+    replaced: dict[int, Any] = {id(hook): hook for hook in hooks}
+    if linear.bias is not None:
+        replaced[id(linear.bias)] = bias
+    if weight is not None:
+        replaced[id(linear.weight)] = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    new = copy.deepcopy(linear, replaced)
+    new.bias = bias
+    if getattr(new.weight, "module", None) is linear:
+        new.weight.module = new  # bitsandbytes' 4-bit weights write their state to it
+    return new
 
 
 def check_gradients_pass(model: nn.Module) -> None:

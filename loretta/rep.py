@@ -6,15 +6,13 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import LorettaLayer, train_shape
+from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, train_shape
 from .tensor_train import TensorTrain
 
 
@@ -29,13 +27,12 @@ class LorettaRepLinear(LorettaLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.loretta_rep_A = nn.ModuleDict()
         self.loretta_rep_B = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()  # nn.Dropout: what TRL and others look for to switch dropout off
         self.enable_lora: dict[str, list[bool] | None] = {}
         self.merge_weights: dict[str, bool] = {}
 
@@ -62,10 +59,10 @@ class LorettaRepLinear(LorettaLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / r
-        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.enable_lora[adapter_name] = config.enable_lora
         self.merge_weights[adapter_name] = config.merge_weights
-        rank = config.tensor_rank
+        rank = bond_rank(config, key)
         self.loretta_rep_A[adapter_name] = TensorTrain(train_shape(config, self.in_features, r, rank))
         self.loretta_rep_B[adapter_name] = TensorTrain(
             train_shape(config, r, out_features, rank), zero=config.init_weights is True
@@ -78,14 +75,17 @@ class LorettaRepLinear(LorettaLayer):
         assert isinstance(train, TensorTrain)
         return train
 
-    def adapted(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) plus the delta of each named adapter."""
+    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) plus the deltas of each group's adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if adapter_names and self.quantization_backend is not None:
+        if groups and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return self._on_rows(self._add_deltas, groups, result, x)
+
+    def _add_deltas(self, adapter_names: list[str], result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
             a, b = self._train("A", name), self._train("B", name)
-            dropout_p = self.lora_dropout[name] if self.training else 0.0
+            dropout_p = dropout_probability(self.lora_dropout[name], self.training)
             scale = self.scaling[name]
             columns = self._enabled_columns(name, x.device)
             if columns is None:
@@ -118,40 +118,24 @@ class LorettaRepLinear(LorettaLayer):
         delta = (a @ b) * self.scaling[adapter]
         return delta if self.fan_in_fan_out else delta.T
 
-    def _add_to_base_weight(self, adapter_name: str, sign: int, safe: bool = False) -> None:
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter_name).to(weight.device)
-        merged = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + sign * delta
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
-        self.set_base_weight(merged.to(weight.dtype).contiguous())
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the deltas of the named (or the active) adapters to the base weight.
-
-        Raises:
-            ValueError: ``safe_merge`` and a merged weight is not finite; the base weight is then unchanged.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.has_adapter(name):
-                self._add_to_base_weight(name, +1, safe=safe_merge)
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged delta from the base weight."""
-        while self.merged_adapters:
-            self._add_to_base_weight(self.merged_adapters.pop(), -1)
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, adapter_names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base weight [in, out] plus the delta of each named adapter, and the base bias."""
+        for name in adapter_names:
+            a, b = self.factors(name)
+            weight = weight + self.scaling[name] * (a @ b).to(weight)
+        return weight, bias
 
     def train(self, mode: bool = True) -> LorettaRepLinear:
-        """Switch the mode; adapters with ``merge_weights`` are merged in eval mode and unmerged in training."""
+        """Switch the mode; adapters with ``merge_weights`` are merged anew in eval mode and unmerged in training."""
         super().train(mode)
         merging = [name for name in self.active_adapters if self.merge_weights.get(name)]
-        if merging and mode and self.merged:
+        if merging and (mode or not self.disable_adapters):
+            also = [name for name in self.merged_adapters if name not in merging]
             self.unmerge()
-        elif merging and not mode and not self.disable_adapters:
-            todo = [name for name in merging if name not in self.merged_adapters]
-            if todo:
-                self.merge(adapter_names=todo)
+            if not mode:
+                self.merge(adapter_names=[*also, *merging])
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

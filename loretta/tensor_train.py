@@ -6,6 +6,7 @@ import torch
 
 from loretta_kernels import TTShape, tt_matrix
 from loretta_kernels.nn import TTLinear
+from loretta_kernels.reference import tt_sides
 
 
 class TensorTrain(TTLinear):
@@ -18,3 +19,8 @@ class TensorTrain(TTLinear):
     def matrix(self) -> torch.Tensor:
         """W [in_features, out_features], materialised: for merging and export only."""
         return tt_matrix(self.tt)
+
+    @torch.no_grad()
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [in_features, waist] and R [waist, out_features], materialised, whose product is W."""
+        return tt_sides(self.cores, self.shape)

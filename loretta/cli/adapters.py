@@ -59,14 +59,15 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
     """Load the adapter on its base; what is then put into `output.new` is swapped in at the end.
 
     Args:
-        undoable: what cannot be done to an adp adapter.
+        undoable: what cannot be done to an adp adapter with a nonlinearity.
     """
     base = adapter_base(args.adapter, args)
     if base.quant != args.quant:
         say(f"the adapter was trained on a {base.quant} base; --load-in-{base.quant} quantises it here too")
         base = replace(base, quant=None)
     folder = Path(args.adapter).expanduser()
-    if _read_object(folder / "adapter_config.json").get("peft_type") == "LORETTA_ADP":
+    config = _read_object(folder / "adapter_config.json")
+    if config.get("peft_type") == "LORETTA_ADP" and config.get("non_linearity") not in ("identity", "linear"):
         raise UserError(f"{args.adapter}: an adp adapter cannot be {undoable}: it has a nonlinearity inside")
     if folder.resolve() == Path(args.output).expanduser().resolve():
         raise UserError(f"{args.output}: is the adapter itself; choose another --output")
@@ -76,7 +77,7 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
         model = load_adapter(load_base(base, tokenizer), args.adapter)
         try:
             yield Conversion(model, tokenizer, read_record(folder), output)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, UserWarning) as error:
             raise UserError(f"{args.adapter}: cannot be {undoable}: {one_line(error)}") from error
         output.publish()
 

@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a rep adapter as a plain LoRA checkpoint",
-        description="Write a rep adapter as a plain LoRA checkpoint with the same logits, norms and heads included.",
+        description="Write a rep adapter, or an adp adapter trained with --activation identity, as a plain LoRA "
+        "checkpoint with the same logits, norms and heads included.",
         epilog=EPILOG,
     )
     add_conversion_options(parser, "folder of the LoRA checkpoint")

@@ -1,6 +1,7 @@
 """`loretta merge`: fold a rep adapter into its base, as a model that needs neither loretta nor PEFT."""
 
 import argparse
+import warnings
 from typing import Any
 
 from loretta.cli.adapters import add_conversion_options, conversion
@@ -22,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "merge",
         help="fold a rep adapter into its base model",
         description="Write the base model with the adapter in its weights. For rep (and LoRA) adapters: an adp adapter "
-        "has a nonlinearity inside and cannot be merged.",
+        "has a nonlinearity inside and cannot be merged, unless it was trained with --activation identity.",
         epilog=EPILOG,
     )
     add_conversion_options(parser, "folder of the merged model")
@@ -32,7 +33,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the adapter on its base, merge, save with the tokenizer."""
     with conversion(args, "merged") as job:
-        merged = job.model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="merging gave a bias")  # that the folder could not hold
+            merged = job.model.merge_and_unload(safe_merge=True)
         merged.save_pretrained(job.output.new)
         job.tokenizer.save_pretrained(job.output.new)
         kept = {name: job.record[name] for name in KEPT if name in job.record}

@@ -77,7 +77,7 @@ OPTIONS = (
     MethodOption(
         "--target-modules",
         _both("target_modules"),
-        "ends of the names of the linears to adapt, or: all-linear (default: by the model's family)",
+        "ends of the names of the modules to adapt, or: all-linear (default: by the model's family)",
         {"nargs": "+", "metavar": "NAME"},
     ),
     MethodOption(

@@ -36,7 +36,7 @@ AUTO_MODELS = {
 NAMES = {
     "adapter_down": "loretta_adp_down",
     "adapter_up": "loretta_adp_up",
-    "adapter_scaling": "loretta_adp_scaling",
+    "adapter_scaling": "loretta_adp_scaling.value",
     "lora_A": "loretta_rep_A",
     "lora_B": "loretta_rep_B",
 }

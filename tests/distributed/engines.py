@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ ZERO_3 = {
 }
 
 
-def make_model(method: str) -> nn.Module:
+def make_model(method: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model with random adapters; the same in every process."""
-    model = get_peft_model(tiny_model("llama", num_hidden_layers=1), CONFIGS[method])
+    model = get_peft_model(tiny_model("llama", num_hidden_layers=1).to(dtype), CONFIGS[method])
     return model.train()
 
 
@@ -64,9 +65,9 @@ def optimiser(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model).values(), lr=LR)
 
 
-def train_alone(method: str) -> nn.Module:
+def train_alone(method: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model after the steps in this process alone."""
-    model = make_model(method)
+    model = make_model(method, dtype)
     steps = optimiser(model)
     for step in range(STEPS):
         total, count = loss_sum(model, rows(step))
@@ -94,9 +95,9 @@ def with_ddp(method: str) -> tuple[nn.Module, list[bool]]:
     return model, []
 
 
-def with_fsdp2(method: str) -> tuple[nn.Module, list[bool]]:
+def with_fsdp2(method: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[bool]]:
     """Each layer a unit of its own."""
-    model = make_model(method)
+    model = make_model(method, dtype)
     for layer in model.get_submodule("base_model.model.model.layers"):
         fully_shard(layer)
     fully_shard(model)
@@ -129,7 +130,12 @@ def _plainly(model: nn.Module) -> None:
     train_together(model, torch.Tensor.backward, step)
 
 
-ENGINES = {"ddp": with_ddp, "fsdp2": with_fsdp2, "zero3": with_zero3}
+ENGINES: dict[str, Any] = {
+    "ddp": with_ddp,
+    "fsdp2": with_fsdp2,
+    "fsdp2-bf16": partial(with_fsdp2, dtype=torch.bfloat16),
+    "zero3": with_zero3,
+}
 
 
 def main(folder: str, *engines: str) -> None:

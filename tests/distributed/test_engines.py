@@ -16,7 +16,7 @@ from tests.distributed.launching import HERE, torchrun
 from tests.tiny_models import tiny_model
 
 NEEDS_DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed: make test-distributed")
-RUNS = {"ddp": "without-deepspeed", "fsdp2": "without-deepspeed", "zero3": "zero3"}
+RUNS = dict.fromkeys(["ddp", "fsdp2", "fsdp2-bf16"], "without-deepspeed") | {"zero3": "zero3"}
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,20 @@ def test_three_steps_equal_one_process_and_reload(adapters, engine, method) -> N
     assert all(not torch.equal(value, start[name]) for name, value in found.items())
     losses = [loss_sum(model.eval(), rows(9))[0] for model in (alone, reloaded)]
     assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_fsdp2_trains_norms_in_fp32_beside_a_base_of_sixteen_bits(adapters, method) -> None:
+    saved = adapters("fsdp2-bf16") / f"fsdp2-bf16-{method}"
+    alone, start = train_alone(method, torch.bfloat16), trained(make_model(method, torch.bfloat16))
+    assert json.loads((saved / "facts.json").read_text())["sharded"] == [True] * len(list(alone.parameters()))
+    base = tiny_model("llama", num_hidden_layers=1).bfloat16()
+    reloaded = PeftModel.from_pretrained(base, saved, is_trainable=True)
+    found = trained(reloaded)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    for name, value in trained(alone).items():
+        if "norm" in name:
+            assert found[name].ne(start[name]).all()
+        # the processes round the gradients of other rows, and Adam makes whole steps of small ones
+        error = (found[name] - value).norm() / (value - start[name]).norm()
+        assert error < 0.3, (name, error)

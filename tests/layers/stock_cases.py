@@ -12,7 +12,7 @@ from tests.tiny_models import AUTO_CLASSES, tiny_logits, usual_task
 
 torch.set_num_threads(1)
 for folder in json.load(sys.stdin):
-    task = usual_task(folder.rsplit("/", 1)[1])
+    task = usual_task(folder.rsplit("/", 1)[1].split("+")[0])
     base = AUTO_CLASSES[task].from_pretrained(folder + "/base", attn_implementation="eager")
     model = PeftModel.from_pretrained(base, folder + "/lora").eval()
     assert model.active_peft_config.peft_type == "LORA"

@@ -74,12 +74,14 @@ def test_the_api_works_as_written() -> None:
             {"4x6": {"in_modes": [6], "out_modes": [4], "ranks": [2]}},
             "is one of 6x4",
         ),
-        (LorettaAdpConfig, "rank_pattern", {"fc1": 0}, "at least 1"),
+        (LorettaAdpConfig, "tensor_rank_pattern", {"fc1": 0}, "at least 1"),
+        (LorettaRepConfig, "tensor_rank_pattern", [3], "dict"),
         (LorettaAdpConfig, "train_layernorm", None, "True or False"),
         (LorettaAdpConfig, "task_type", "CAUSAL", "SEQ_CLS"),
         (LorettaRepConfig, "r", 0, "at least 1"),
         (LorettaRepConfig, "r", "8", "integer"),
         (LorettaRepConfig, "lora_alpha", "big", "finite number"),
+        (LorettaRepConfig, "rank_pattern", {"fc1": 0}, "at least 1"),
         (LorettaRepConfig, "lora_dropout", -0.1, r"\[0, 1\)"),
         (LorettaRepConfig, "bias", "adapter_only", "'lora_only'"),
         (LorettaRepConfig, "enable_lora", [False, False], "at least one True"),
@@ -101,6 +103,7 @@ def test_a_wrong_value_is_named_with_what_is_accepted(config_class, field, value
         {"use_parallel_adapter": True, "adapter_type": "mh_adapter"},
         {"target_modules": "all-linear", "layers_to_transform": [0]},
         {"layers_pattern": "layers"},
+        {"rank_pattern": {"fc1": 2}, "tensor_rank_pattern": {"fc2": 3}},
     ],
     ids=lambda fields: "-".join(fields),
 )
@@ -116,8 +119,9 @@ def test_fields_that_exclude_each_other_raise(fields) -> None:
         LorettaRepConfig(
             enable_lora=[True, False], rank_pattern={"q": 4}, init_weights="gaussian", task_type="SEQ_CLS"
         ),
+        LorettaAdpConfig(tensor_rank_pattern={"fc1": 3}),
     ],
-    ids=["adp", "rep"],
+    ids=["adp", "rep", "ranks"],
 )
 def test_a_saved_config_reads_back_equal(config, tmp_path) -> None:
     config.save_pretrained(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Both methods on every family of the table, and fifteen of them through training, saving and a fresh process."""
+"""Both methods on every family of the table, and nineteen of them through training, saving and a fresh process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_models import _SIZES, DTYPES, tiny_batch, tiny_logits, tiny_mode
 
 METHODS = {"adp": LorettaAdpConfig, "rep": LorettaRepConfig}
 RELOADED = ["llama", "mistral", "qwen2", "gemma2", "phi3", "mixtral", "opt", "gpt2", "bloom", "bert", "roberta"]
-RELOADED += ["deberta", "deberta-v2", "t5", "bart"]
+RELOADED += ["deberta", "deberta-v2", "t5", "bart", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"]
 
 
 def wrapped(model_type: str, method: str, dtype: torch.dtype = torch.float32, **fields):

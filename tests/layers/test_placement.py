@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.adp import LorettaAdpLinear
 from loretta.rep import LorettaRepLinear
+from loretta.targets import FAMILIES, Family
 from loretta_kernels import reference
 from tests.tiny_models import HIDDEN, tiny_batch, tiny_model
 
@@ -35,7 +40,7 @@ def placements(model) -> dict[str, str]:
 def definition(layer: LorettaAdpLinear, x: torch.Tensor) -> torch.Tensor:
     """adapter(x), by the reference."""
     down, up = layer.loretta_adp_down["default"], layer.loretta_adp_up["default"]
-    scale = layer.scaling.get("default") or layer.loretta_adp_scaling["default"]
+    scale = layer.scaling.get("default") or layer.loretta_adp_scaling["default"].value
     return reference.tt_adapter(
         x,
         down.cores,
@@ -117,10 +122,10 @@ def test_a_dense_bottleneck_is_the_textbook_adapter() -> None:
 def test_a_learned_scaling_is_trained_and_a_number_is_not() -> None:
     model = get_peft_model(TwoLinears(), LorettaAdpConfig(target_modules=["first"], scaling="learned"))
     layer = model.base_model.model.first
-    assert layer.loretta_adp_scaling["default"].requires_grad
+    assert layer.loretta_adp_scaling["default"].value.requires_grad
     nn.init.normal_(layer.loretta_adp_up["default"].cores)
     model(torch.randn(3, 12)).sum().backward()
-    assert layer.loretta_adp_scaling["default"].grad.abs() > 0
+    assert layer.loretta_adp_scaling["default"].value.grad.abs() > 0
     fixed = get_peft_model(TwoLinears(), LorettaAdpConfig(target_modules=["first"], scaling=2))
     assert "scaling" not in "".join(fixed.state_dict())
 
@@ -170,17 +175,45 @@ def test_enable_lora_names_an_output_it_cannot_slice() -> None:
         get_peft_model(TwoLinears(), LorettaRepConfig(target_modules=["first"], enable_lora=[True] * 3))
 
 
-def test_patterns_override_ranks_by_name() -> None:
+def test_patterns_override_r_alpha_and_the_ranks_of_bonds_by_name() -> None:
     config = LorettaRepConfig(
-        target_modules=["first", "second"], rank_pattern={"second": 3}, alpha_pattern={"first": 4}
+        target_modules=["first", "second"],
+        rank_pattern={"second": 3},
+        alpha_pattern={"first": 4},
+        tensor_rank_pattern={"first": 2},
     )
     model = get_peft_model(TwoLinears(), config).base_model.model
     assert (model.first.r["default"], model.first.scaling["default"]) == (8, 0.5)
     assert (model.second.r["default"], model.second.scaling["default"]) == (3, 16 / 3)
-    adp = LorettaAdpConfig(target_modules=["first", "second"], rank_pattern={"second": 2})
+    assert max(model.first.loretta_rep_A["default"].shape.bond_ranks) == 2
+    assert max(model.second.loretta_rep_A["default"].shape.bond_ranks) == 5
+    adp = LorettaAdpConfig(target_modules=["first", "second"], tensor_rank_pattern={"sec.*": 2})
     model = get_peft_model(TwoLinears(), adp).base_model.model
     assert model.first.loretta_adp_down["default"].shape.waist == 5
     assert model.second.loretta_adp_down["default"].shape.waist == 2
+
+
+@pytest.mark.parametrize("config_class", [LorettaAdpConfig, LorettaRepConfig])
+def test_a_rank_of_bonds_for_no_module_is_named(config_class) -> None:
+    config = config_class(target_modules=["first"], tensor_rank_pattern={"second": 2, "first": 3})
+    with pytest.warns(RuntimeWarning, match=r"tensor_rank_pattern: \['second'\] did not match"):
+        get_peft_model(TwoLinears(), config)
+
+
+def test_an_adapter_saved_with_its_bond_ranks_called_rank_pattern_loads_with_the_same_shapes(tmp_path) -> None:
+    config = LorettaAdpConfig(target_modules=["first", "second"], tensor_rank_pattern={"second": 2}, init_weights=False)
+    model, x = get_peft_model(TwoLinears(), config).eval(), torch.randn(3, 12)
+    base = copy.deepcopy(model).unload()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    fields["rank_pattern"] = fields.pop("tensor_rank_pattern")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.warns(FutureWarning, match=r"tensor_rank_pattern.*\{'second': 2\}"):
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (again["tensor_rank_pattern"], again["rank_pattern"]) == ({"second": 2}, {})
 
 
 def test_explicit_modes_are_used_and_others_keep_the_default() -> None:
@@ -217,5 +250,9 @@ def test_an_unknown_model_says_that_it_needs_targets_and_an_unsupported_layer_is
         get_peft_model(TwoLinears(), LorettaAdpConfig())
     with pytest.raises(ValueError, match=r"'0'.*Conv2d"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 1)), LorettaRepConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="mixtral"):
-        get_peft_model(tiny_model("mixtral"), LorettaAdpConfig(use_adapterp=True))
+
+
+def test_adapterp_needs_a_family_whose_feed_forward_exit_is_known(monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", Family(("q_proj",), ("gate_proj",)))
+    with pytest.raises(ValueError, match="'llama' is known"):
+        get_peft_model(tiny_model("llama"), LorettaAdpConfig(use_adapterp=True))

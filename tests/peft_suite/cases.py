@@ -27,16 +27,18 @@ _LAYOUTS: list[tuple[str, str, dict]] = [
     ("Conv1D of width one", "EmbConv1D", {"target_modules": ["conv1d"]}),
     ("Conv1D and a linear", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
     ("explicit modes", "MLP", {"target_modules": ["lin0"], "tensor_shape": {10: [5, 2], 20: [5, 4]}}),
-    ("ranks by name", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 3}}),
+    ("bond ranks by name", "MLP", {"target_modules": ["lin0", "lin1"], "tensor_rank_pattern": {"lin1": 3}}),
     ("frozen norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": False}),
     ("trained norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"], "train_layernorm": True}),
 ]
 _REP_LAYOUTS: list[tuple[str, str, dict]] = [
     ("alpha and dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
     ("rank four", "MLP", {"target_modules": ["lin0"], "r": 4, "tensor_rank": 3}),
+    ("r by name", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 3}}),
     ("half of a fused output", "MLP", {"target_modules": ["lin0"], "enable_lora": [True, False]}),
 ]
 _ADP_LAYOUTS: list[tuple[str, str, dict]] = [
+    ("linear", "MLP", {"target_modules": ["lin0", "lin1"], "non_linearity": "identity"}),
     ("on the input", "MLP", {"target_modules": ["lin0", "lin1"], "adapter_type": "mh_adapter"}),
     ("parallel", "MLP", {"target_modules": ["lin0", "lin1"], "use_parallel_adapter": True}),
     ("learned scaling", "MLP", {"target_modules": ["lin0"], "scaling": "learned"}),

@@ -4,8 +4,8 @@ The helpers of PEFT's tests name config classes ("skip unless it is one of these
 on one side by default. Where that is the wrong side, `open_gates`, `stands_in_for` and `skip_reason` move it; here is
 the whole list, as "rep / adp: why", an asterisk where the default is changed:
 
-- `_skip_if_merging_not_supported` (skips OSF, Lily, Shadow, prompts): merges / skipped*: an activation lies inside adp,
-  no weight equals it, `merge_adapter` raises.
+- `_skip_if_merging_not_supported` (skips OSF, Lily, Shadow, prompts): merges / skipped* but for the row with
+  non_linearity="identity": another activation inside adp is no linear map, no weight equals it, `merge_adapter` raises.
 - `_skip_if_conv1d_not_supported` (runs IA3, LoHa, LoKr, LoRA): runs* / runs*: both wrap transformers' Conv1D.
 - `_skip_if_not_conv1d_supported` (skips thirteen methods): runs / runs: the same.
 - `check_beft_config` (meant for BEFT, but its `isinstance` on a class never holds, so it skips the merge tests on Llama
@@ -102,7 +102,7 @@ def open_gates(module: ModuleType) -> None:
 
 def _merging(original):
     def skip_if_merging_not_supported(model_id, config_cls, config_kwargs):
-        if config_cls is LorettaAdpConfig:
+        if config_cls is LorettaAdpConfig and config_kwargs.get("non_linearity") != "identity":
             pytest.skip("LoRETTA_adp has an activation inside and does not merge.")
         original(model_id, config_cls, config_kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.quantised import keep_unpacked
 from tests.tiny_models import tiny_batch, tiny_logits, tiny_model
 
-from .bases import CONFIGS, WEIGHTS_ONLY, load, quantised_layers, save_llama, trained
+from .bases import CONFIGS, WEIGHTS_ONLY, base_weights, load, quantised_layers, save_llama, trained
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,32 @@ def test_the_merged_weight_is_the_quantised_sum(kind: str, folder: Path) -> None
     torch.testing.assert_close(backend.get_base_weight(found).float(), quantised_again(kind, weight + delta).float())
     error = (tiny_logits(merged, "CAUSAL_LM") - adapted).norm() / adapted.norm()
     assert error < (0.02 if "int8" in kind else 0.3)  # of quantising again
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("kind", WEIGHTS_ONLY)
+def test_unmerging_gives_the_quantised_base_back_bit_by_bit(kind: str, method: str, folder: Path) -> None:
+    config = copy.deepcopy(CONFIGS[method])
+    if method == "adp":
+        config.non_linearity = "identity"
+    model = get_peft_model(load(folder, WEIGHTS_ONLY[kind]()), config).eval()
+    adapted, before = tiny_logits(model, "CAUSAL_LM"), base_weights(model)
+    for _ in range(2):
+        model.merge_adapter()
+        assert not torch.equal(tiny_logits(model, "CAUSAL_LM"), adapted)
+        with torch.no_grad():
+            for parameter in trained(model).values():
+                parameter.mul_(1.5).div_(1.5)
+        model.unmerge_adapter()
+    after = base_weights(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with model.disable_adapter():
+        bare = tiny_logits(model, "CAUSAL_LM")
+    model.merge_adapter()
+    keep_unpacked(expected := load(folder, WEIGHTS_ONLY[kind]()))
+    assert torch.equal(bare, tiny_logits(expected, "CAUSAL_LM"))
+    assert torch.equal(tiny_logits(model.unload(), "CAUSAL_LM"), bare)
 
 
 def test_an_adp_adapter_is_refused_as_on_any_base(folder: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_bf16_base_prepared_and_checkpointed_has_the_same_gradients(
     config = WEIGHTS_ONLY["nf4-double"]()
     plain = get_peft_model(load(folder, config, torch.bfloat16), CONFIGS[method])
     cores = {name: parameter for name, parameter in trained(plain).items() if "norm" not in name}
-    assert {parameter.dtype for parameter in cores.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in trained(plain).values()} == {torch.float32}
 
     prepared = prepare_model_for_kbit_training(
         load(folder, config, torch.bfloat16), gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
@@ -81,6 +81,7 @@ def test_a_bf16_base_prepared_and_checkpointed_has_the_same_gradients(
 def test_a_few_steps_lower_the_loss(method: str, folder: Path) -> None:
     model = get_peft_model(load(folder, WEIGHTS_ONLY["nf4-double"](), torch.bfloat16), CONFIGS[method]).train()
     weights = base_weights(model)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     losses = []
     for _ in range(5):

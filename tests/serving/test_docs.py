@@ -130,6 +130,8 @@ def test_add_a_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(adapted) == 6
     layer = names["adp"].get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
     assert layer.placement == {"default": "mh_adapter"}
+    adapted = [name for name, module in names["blocks"].named_modules() if hasattr(module, "loretta_adp_up")]
+    assert [name.split("layers.")[1] for name in adapted] == ["0.mlp.loretta_block", "1.mlp.loretta_block"]
 
 
 @pytest.mark.parametrize("page", ["serve.md", "from-upstream.md", "add-a-family.md"])

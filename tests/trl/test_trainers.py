@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel
+from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, get_peft_model
 from tests.tiny_models import VOCABULARY, tiny_logits, tiny_model
 
 trl = pytest.importorskip("trl")
@@ -44,13 +45,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return folder
 
 
-def trainer(kind: str, folder: Path, config: Any, output: Path, tokenizer: Any, **options: Any) -> Any:
+def trainer(kind: str, model: Any, config: Any, output: Path, tokenizer: Any, **options: Any) -> Any:
+    given = {name: options.pop(name) for name in ["disable_dropout"] if name in options}
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(output), max_steps=5, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, **given,
     )  # fmt: skip
     return getattr(trl, f"{kind}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(folder, **options),
+        model=AutoModelForCausalLM.from_pretrained(model, **options) if isinstance(model, Path) else model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(ROWS[kind]),
         processing_class=tokenizer,
@@ -82,6 +84,36 @@ def test_five_steps_lower_the_loss_and_the_adapter_reloads_with_the_same_bits(
     parameters = dict(reloaded.named_parameters())
     assert all(torch.equal(parameters[name], parameter) for name, parameter in expected.items())
     assert torch.equal(tiny_logits(reloaded.eval(), "CAUSAL_LM"), tiny_logits(model, "CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("scaling", [1.0, "learned"])
+def test_dpo_of_a_trained_adapter_starts_at_its_copy(scaling: Any, folder: Path, tokenizer: Any, tmp_path) -> None:
+    """TRL's reference is then a second adapter, into which it copies what has `.default.` in its name."""
+    config = LorettaAdpConfig(task_type="CAUSAL_LM", bottleneck_size=8, init_weights=False, scaling=scaling)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    run = trainer("DPO", model, None, tmp_path, tokenizer)
+    assert set(model.peft_config) == {"default", "ref"}
+    run.train()
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=5e-6)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_dpo_switches_the_dropout_of_adapters_off_unless_it_is_told_not_to(
+    method: str, folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Where the policy drops elements and the reference does not, the first loss is off ln 2."""
+    config = copy.deepcopy(CONFIGS[method])
+    config.init_weights = False
+    setattr(config, {"adp": "adapter_dropout", "rep": "lora_dropout"}[method], 0.3)
+    for off in (True, False):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        run = trainer("DPO", model, None, tmp_path, tokenizer, disable_dropout=off)
+        run.train()
+        assert (abs(losses(run)[0] - math.log(2)) < 5e-6) == off
 
 
 def test_dpo_of_an_adapter_that_does_not_start_as_the_base_starts_elsewhere(folder, tokenizer, tmp_path) -> None:
