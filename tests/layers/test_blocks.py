@@ -298,10 +298,13 @@ def test_a_block_that_gives_no_tensor_is_named(block: nn.Module, placement: str,
         block(x=torch.randn(2, 12))
 
 
-def test_an_adapter_at_a_block_cannot_be_merged() -> None:
-    model = get_peft_model(tiny_model("mixtral"), adp())
-    with pytest.raises(ValueError, match="cannot be merged"):
-        model.merge_adapter()
+@pytest.mark.parametrize("non_linearity", ["relu", "identity"])
+def test_an_adapter_at_a_block_cannot_be_merged(non_linearity: str) -> None:
+    model = get_peft_model(tiny_model("mixtral"), adp(target_modules=["mlp", "o_proj"], non_linearity=non_linearity))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge()
+    assert not any(module.merged for module in model.modules() if isinstance(module, LorettaLayer))
     with pytest.raises(ValueError, match="MixtralSparseMoeBlock cannot be merged"):
         blocks(model)[0].merge()
 
