@@ -14,7 +14,7 @@ from torch import nn
 
 from loretta import LorettaRepConfig, compress_lora
 from loretta.compress import aligned_factors, compressed, relative_error
-from loretta_kernels import tt_matrix
+from loretta_kernels import TT, tt_matrix
 from tests.tiny_models import tiny_logits, tiny_model, usual_task
 
 
@@ -88,7 +88,7 @@ def test_a_larger_rank_is_nearer_and_alignment_helps() -> None:
 
     def error(factors, rank: int) -> float:
         trains = [compressed(factor, rank) for factor in factors]
-        return relative_error((a, b), [tt_matrix(cores.double(), shape) for cores, shape in trains])
+        return relative_error((a, b), [tt_matrix(TT(cores.double(), shape)) for cores, shape in trains])
 
     errors = [error(aligned_factors(a, b), rank) for rank in (2, 4, 8, 64)]
     assert errors == sorted(errors, reverse=True)

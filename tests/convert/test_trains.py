@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loretta_kernels
-from loretta.convert.trains import flat, normal_form, tt_svd
-from loretta_kernels import TTShape, reference
+from loretta.convert.trains import normal_form
+from loretta_kernels import TT, TTShape, reference
+from loretta_kernels.svd import flat, tt_svd
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 ACTIVATIONS = {"gelu_new": "gelu_tanh"}
@@ -33,12 +34,12 @@ def cores_of(tensors: dict[str, Tensor], train: str) -> list[Tensor]:
     return [tensors[found[number]] for number in sorted(found)]
 
 
-def converted(meta: dict, tensors: dict[str, Tensor], train: str) -> tuple[Tensor, TTShape, Tensor | None]:
-    """The flat cores of the normal form, their shape, and the bias."""
+def converted(meta: dict, tensors: dict[str, Tensor], train: str) -> TT:
+    """The normal form, with its bias."""
     sizes = meta[train]["in_features"], meta[train]["out_features"]
     cores, shape = normal_form(cores_of(tensors, train), *sizes)
     assert (shape.in_features, shape.out_features) == sizes
-    return flat(cores, torch.float64), shape, tensors.get(f"{train}.bias")
+    return TT(flat(cores, torch.float64), shape, tensors.get(f"{train}.bias"))
 
 
 def output(meta: dict, tensors: dict[str, Tensor]) -> Tensor:
@@ -46,18 +47,17 @@ def output(meta: dict, tensors: dict[str, Tensor]) -> Tensor:
     x, weight, base_bias = tensors["x"], tensors.get("weight"), tensors.get("base_bias")
     kind = meta["kind"]
     if kind == "tt_linear":
-        cores, shape, bias = converted(meta, tensors, "tt")
-        return loretta_kernels.tt_linear(x, cores, shape, bias)
+        return loretta_kernels.tt_linear(x, converted(meta, tensors, "tt"))
     if kind in ("rep", "rep_layer"):
-        (a, a_shape, _), (b, b_shape, _) = (converted(meta, tensors, name) for name in "AB")
+        a, b = (converted(meta, tensors, name) for name in "AB")
         residual = None if kind == "rep" else F.linear(x, weight, base_bias)
-        return loretta_kernels.tt_lora(x, a, a_shape, b, b_shape, scale=meta["alpha"] / meta["r"], residual=residual)
+        return loretta_kernels.tt_lora(x, a, b, scale=meta["alpha"] / meta["r"], residual=residual)
     assert kind in ("adapter", "adp_layer")
 
     def adapted(z: Tensor) -> Tensor:
         down, up = converted(meta, tensors, "down"), converted(meta, tensors, "up")
         activation = ACTIVATIONS.get(meta["act"], meta["act"])
-        return loretta_kernels.tt_adapter(z, *down, *up, activation=activation, scale=meta["scaling"], residual=z)
+        return loretta_kernels.tt_adapter(z, down, up, activation=activation, scale=meta["scaling"], residual=z)
 
     if kind == "adapter":
         return adapted(x)
@@ -108,7 +108,7 @@ def test_splitting_is_the_same_matrix_and_balances_the_cores() -> None:
     matrix = torch.randn(24, 30, dtype=torch.float64)
     cores = tt_svd(matrix, (4, 6), (5, 6))
     shape = TTShape((4, 6), (5, 6), [core.shape[2] for core in cores[:-1]])
-    torch.testing.assert_close(reference.tt_matrix(flat(cores, torch.float64), shape), matrix)
+    torch.testing.assert_close(reference.tt_matrix(TT(flat(cores, torch.float64), shape)), matrix)
     assert shape.ranks == (4, 24, 6)
     norms = [core.norm() for core in cores]
     assert all(torch.isclose(a, b) for a, b in pairwise(norms))

@@ -41,17 +41,7 @@ def definition(layer: LorettaAdpLinear, x: torch.Tensor) -> torch.Tensor:
     """adapter(x), by the reference."""
     down, up = layer.loretta_adp_down["default"], layer.loretta_adp_up["default"]
     scale = layer.scaling.get("default") or layer.loretta_adp_scaling["default"].value
-    return reference.tt_adapter(
-        x,
-        down.cores,
-        down.shape,
-        down.bias,
-        up.cores,
-        up.shape,
-        up.bias,
-        activation=layer.activation["default"],
-        scale=scale,
-    )
+    return reference.tt_adapter(x, down.tt, up.tt, activation=layer.activation["default"], scale=scale)
 
 
 @pytest.mark.parametrize(
