@@ -48,7 +48,7 @@ class Launch:
             value = self.args.get(name, self.constants.get(name))
             if isinstance(value, Tensor):
                 signature[name], attrs[index,] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
-            elif name in self.constants or value is None or (value == 1 and not isinstance(value, float)):
+            elif name in self.constants or value is None or (_is_one(value) and name not in DO_NOT_SPECIALIZE):
                 signature[name], constexprs[index,] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
@@ -64,6 +64,11 @@ class Launch:
 
 
 DO_NOT_SPECIALIZE = ("N",)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether Triton makes a constant of an argument."""
+    return isinstance(value, int) and value == 1
 
 
 def execute(launch: Launch) -> None:

@@ -16,7 +16,7 @@ from tests.kernels.problems import OPERATORS
 pytest.importorskip("triton")
 
 CASES = int(os.environ.get("LORETTA_TEST_CASES", 300))
-ROWS = (1, 4, 19, 67, 131)  # of each train that is drawn: compiling is what takes time
+ROWS = (1, 4, 11, 67, 131)  # of each train that is drawn: compiling is what takes time
 SCHEDULES = 3
 LARGEST = 200  # features: several blocks, and still quick
 
