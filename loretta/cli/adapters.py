@@ -12,20 +12,20 @@ from typing import Any
 import peft
 from safetensors.torch import load_file
 
-from loretta.cli import options
 from loretta.cli.errors import UserError, one_line
-from loretta.cli.models import DTYPES, Base, Explaining, load_base, load_tokenizer, make_base
+from loretta.cli.models import Base, Explaining, load_base, load_tokenizer, make_base
 from loretta.cli.output import RECORD, OutputFolder
+from loretta.cli.parser import DTYPES, QUANTS, TASKS
 from loretta.cli.report import say
 
 # What is read back from a record: name -> test, what is accepted.
 RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),
-    "task": (lambda value: value in options.TASKS, f"one of {', '.join(options.TASKS)}"),
-    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "task": (lambda value: value in TASKS, f"one of {', '.join(TASKS)}"),
+    "dtype": (lambda value: value in DTYPES.values(), f"one of {', '.join(DTYPES.values())}"),
     "quant": (
-        lambda value: value is None or value in tuple(options.QUANTS),
-        f"null or one of {', '.join(options.QUANTS)}",
+        lambda value: value is None or value in tuple(QUANTS),
+        f"null or one of {', '.join(QUANTS)}",
     ),
     "labels": (
         lambda value: value is None or (isinstance(value, list) and all(isinstance(label, str) for label in value)),
@@ -44,14 +44,6 @@ class Conversion:
     tokenizer: Any
     record: dict[str, Any]
     output: OutputFolder
-
-
-def add_conversion_options(parser: argparse.ArgumentParser, output_help: str) -> None:
-    """--adapter, --output and the base's options, for commands that turn an adapter into something else."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder of the adapter")
-    parser.add_argument("--output", required=True, metavar="DIR", help=output_help)
-    options.add_model_options(parser, dtypes=DTYPES, required=False)
-    options.add_run_options(parser)
 
 
 @contextmanager

@@ -31,11 +31,6 @@ def on_cpu() -> bool:
     return _asked("cpu") or (torch.accelerator.current_accelerator() is None and engine() == "none")
 
 
-def is_main() -> bool:
-    """Whether this is the process that speaks and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def connect() -> None:
     """Join the process group of the launcher, if there is one.
 

@@ -3,46 +3,14 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
-from loretta.cli import options
 from loretta.cli.adapters import adapter_base, load_adapter, read_record
 from loretta.cli.encode import Collator, encode
 from loretta.cli.errors import UserError
 from loretta.cli.metrics import METRICS, evaluate
-from loretta.cli.models import DTYPES, load_base, load_tokenizer, make_base, usable_seq_len
+from loretta.cli.models import load_base, load_tokenizer, make_base, usable_seq_len
 from loretta.cli.report import show, shown_metric
 from loretta.cli.rows import read_rows
-
-EPILOG = f"""\
-{options.DATA_FORMATS}
-examples:
-  loretta eval --adapter runs/book --data held-out.txt
-  loretta eval --model runs/book-merged --data held-out.txt
-  loretta eval --model HuggingFaceTB/SmolLM2-135M --data held-out.txt --seq-len 128 --json
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "eval",
-        help="perplexity or accuracy of a model or a saved adapter",
-        description="Evaluate a base model, a merged model, a LoRETTA adapter, or an exported LoRA adapter.",
-        epilog=EPILOG,
-    )
-    options.add_model_options(parser, dtypes=DTYPES, required=False)
-    parser.add_argument("--adapter", metavar="DIR", help="folder of a LoRETTA or plain LoRA adapter")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, metavar="FILE_OR_ID", help=".txt, .jsonl, .csv or a hub data set; see below"
-    )
-    data.add_argument("--task", choices=options.TASKS, help="default: what the adapter or merged model was trained for")
-    data.add_argument("--seq-len", type=options.at_least_two, metavar="N", help="default: as trained, else 256")
-    data.add_argument("--batch-size", type=options.positive_int, metavar="N", help="default: as trained, else 8")
-    data.add_argument("--eval-limit", type=options.positive_int, metavar="N", help="the first N blocks or rows only")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,31 +10,19 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from loretta.cli import distributed, options
+from loretta.cli import distributed
 from loretta.cli.checkpoints import fingerprint, start_or_resume
 from loretta.cli.encode import Collator, encode, label_names
 from loretta.cli.errors import UserError
-from loretta.cli.method import add_method_options, method_config, method_settings
+from loretta.cli.method import check_method_options, method_config, method_settings
 from loretta.cli.metrics import METRICS, evaluate
 from loretta.cli.models import Base, load_base, load_config, load_tokenizer, make_base, usable_seq_len
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
 from loretta.cli.plot import need_matplotlib, plot_losses
-from loretta.cli.report import say, show, shown_bytes, shown_metric
+from loretta.cli.report import is_main, say, show, shown_bytes, shown_metric
 from loretta.cli.rows import Rows, read_rows
 from loretta.cli.training import Outcome, Schedule, train, training_arguments
 from loretta.cli.wrapping import base_only, skeleton, wrapped
-
-EPILOG = f"""\
-{options.DATA_FORMATS}
-examples:
-  loretta finetune --model HuggingFaceTB/SmolLM2-135M --data book.txt --method adp --steps 200 --output runs/book
-  loretta finetune --model ./llama --data chats.jsonl --method rep --r 16 --rank 8 --epochs 3 --output runs/chat --plot
-  loretta finetune --model roberta-base --task seq_cls --data reviews.csv --method adp --output runs/reviews
-  loretta finetune --model ./smollm2 --gguf SmolLM2-135M.Q4_1.gguf --data book.txt --method adp --output runs/book
-
-The adapter is swapped in when it is complete; until then the work is in OUTPUT.part, where --resume finds it.
-The result goes to stdout, progress to stderr. Exit code 2: something given cannot be used, and one line says what.
-"""
 
 
 @dataclass(frozen=True)
@@ -70,91 +58,6 @@ class Job:
         )
 
 
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "finetune",
-        help="train an adapter on a text, JSONL or CSV file",
-        description="Fine-tune a causal language model or a classifier with a LoRETTA adapter.",
-        usage="loretta finetune --model MODEL --data FILE --method {adp,rep} --output DIR [option ...]",
-        epilog=EPILOG,
-    )
-    options.add_model_options(parser, dtypes=("float32", "bfloat16"), required=True)
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, metavar="FILE_OR_ID", help=".txt, .jsonl, .csv or a hub data set; see below"
-    )
-    data.add_argument("--task", choices=options.TASKS, default="causal_lm", help="default: causal_lm")
-    data.add_argument("--seq-len", type=options.at_least_two, metavar="N", help="tokens a block or row (default 256)")
-    held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument(
-        "--eval-data", metavar="FILE_OR_ID", help="held-out data, same kind (default: part of --data)"
-    )
-    held_out.add_argument(
-        "--eval-fraction",
-        type=options.fraction,
-        default=0.05,
-        metavar="X",
-        help="part of --data to hold out (default 0.05)",
-    )
-    data.add_argument(
-        "--eval-limit", type=options.positive_int, metavar="N", help="evaluate on the first N blocks or rows only"
-    )
-    add_method_options(parser)
-    training = parser.add_argument_group("training")
-    length = training.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=options.positive_int, metavar="N", help="optimiser steps (default: by --epochs)"
-    )
-    length.add_argument(
-        "--epochs", type=options.positive, default=1.0, metavar="X", help="passes over the data (default 1)"
-    )
-    training.add_argument(
-        "--lr", type=options.positive, default=1e-2, metavar="X",
-        help="learning rate (default 0.01: tensor-train products need far more than LoRA)",
-    )  # fmt: skip
-    training.add_argument(
-        "--batch-size",
-        type=options.positive_int,
-        default=8,
-        metavar="N",
-        help="in each process (default 8)",
-    )
-    training.add_argument(
-        "--grad-accum", type=options.positive_int, default=1, metavar="N", help="batches a step (default 1)"
-    )
-    training.add_argument("--weight-decay", type=options.not_negative, default=0.0, metavar="X", help="default 0")
-    training.add_argument(
-        "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="default: linear"
-    )
-    training.add_argument(
-        "--warmup",
-        type=options.share,
-        default=0.1,
-        metavar="X",
-        help="part of the steps that raise the rate (default 0.1)",
-    )
-    training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    training.add_argument("--seed", type=options.seed, default=0, metavar="N", help="default 0")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the adapter; a former run's is replaced"
-    )
-    output.add_argument(
-        "--save-steps",
-        type=options.natural,
-        default=100,
-        metavar="N",
-        help="steps between checkpoints, 0: none (default 100)",
-    )
-    output.add_argument(
-        "--resume", action="store_true", help="go on from the newest complete checkpoint of the same run"
-    )
-    output.add_argument("--plot", action="store_true", help="draw the loss curve into OUTPUT/loss.png")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
-
-
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked first, then train, then swap the result in.
 
@@ -167,12 +70,12 @@ def run(args: argparse.Namespace) -> None:
             output = OutputFolder(args.output)
             checkpoint: Path | None = None
             record: dict[str, Any] = {}
-            if distributed.is_main():
+            if is_main():
                 stack.enter_context(output)
                 checkpoint, record = start_or_resume(output, job.settings(), args.resume)
         checkpoint, record = distributed.of_main((checkpoint, record))
         result = _train(job, output, checkpoint, record)
-        if distributed.is_main():
+        if is_main():
             output.publish()
             _show(result, args.json)
     distributed.disconnect()
@@ -181,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
 def _checked(args: argparse.Namespace) -> Job:
     if args.plot:
         need_matplotlib()
-    config = method_config(args, args.task)
+    check_method_options(args, [args.method])
+    config = method_config(args, args.method, args.task)
     base = make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
     rows = read_rows(args.data, args.task)
     if args.eval_data:
@@ -233,19 +137,19 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         if "before" not in record:
             with base_only(model):
                 record["before"] = measure("before")
-            if distributed.is_main():
+            if is_main():
                 write_json(output.run_file, record)
         say(f"before: {metric} {shown_metric(metric, record['before'][metric])}")
 
     outcome = train(model, examples, collator, arguments, checkpoint, on_start)
     before, after = record["before"], measure("after")
     if not math.isfinite(after["loss"]):
-        if distributed.is_main():
+        if is_main():
             output.drop_checkpoints()
         raise UserError(f"the training diverged (held-out loss {after['loss']}); nothing was saved; lower --lr")
 
     weights = distributed.gathered(model)
-    if not distributed.is_main():
+    if not is_main():
         return {}
     model.save_pretrained(output.new, state_dict=weights)
     result = {

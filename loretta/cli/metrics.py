@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from loretta.cli.distributed import is_main, processes, share, summed
+from loretta.cli.distributed import processes, share, summed
 from loretta.cli.encode import IGNORED, Collator, Examples
 from loretta.cli.models import device as used_device
+from loretta.cli.report import is_main
 
 METRICS = {"causal_lm": "perplexity", "seq_cls": "accuracy"}
 

@@ -15,7 +15,6 @@ from loretta.cli.errors import UserError, one_line
 from loretta.quantised import keep_unpacked
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
-DTYPES = ("float32", "bfloat16", "float16")
 HEADS = ("classifier", "score", "pooler", "classification_head", "pre_classifier")  # trained, so never quantised
 
 

@@ -9,60 +9,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from loretta.cli import options
 from loretta.cli.errors import UserError, one_line
-from loretta.cli.method import add_method_options, method_config
+from loretta.cli.method import check_method_options, method_config
 from loretta.cli.models import load_config, make_base
-from loretta.cli.presets import PRESETS
+from loretta.cli.parser import PRESETS
 from loretta.cli.wrapping import skeleton, wrapped
 from loretta.norms import is_feature_norm
 from loretta.tensor_train import TensorTrain
 
 GROUPS = ("cores", "dense adapters", "biases", "scalings", "base biases", "norms", "tensorised head", "head")
-EPILOG = f"""\
-presets, known offline: {", ".join(PRESETS)}
-
-examples:
-  loretta params --model llama-2-7b --method adp
-  loretta params --model llama-2-7b --method rep --r 16 --rank 8
-  loretta params --model ./config.json --task seq_cls --method adp --bottleneck 32
-
-Each group is printed with the total up to it: published counts differ in where they stop.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "params",
-        help="count what would be trained, without loading a weight",
-        description="Trainable parameters by group: cores, biases, norms, head.",
-        usage="loretta params --model MODEL --method {adp,rep} [option ...]",
-        epilog=EPILOG,
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="preset, folder, config.json, .gguf file, or hub id of the model",
-    )
-    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
-    group.add_argument(
-        "--task", choices=options.TASKS, help="which head (default: seq_cls for BERT-like presets, else causal_lm)"
-    )
-    group.add_argument(
-        "--classes", type=options.at_least_two, default=2, metavar="N", help="classes of seq_cls (default 2)"
-    )
-    add_method_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build the model on the meta device, wrap it, count, print."""
     config, task = configuration(args)
-    method = method_config(args, task)
+    check_method_options(args, [args.method])
+    method = method_config(args, args.method, task)
     if task == "seq_cls":
         config.num_labels = args.classes
     base = skeleton(config, task, args.model)
@@ -112,8 +74,9 @@ def _group(path: str, module: nn.Module, name: str) -> str:
 def configuration(args: argparse.Namespace) -> tuple[Any, str]:
     """The transformers configuration that --model means, and the task."""
     if args.model.lower() in PRESETS:
-        preset = PRESETS[args.model.lower()]
-        return AutoConfig.for_model(preset.model_type, **preset.values), args.task or preset.task
+        values = dict(PRESETS[args.model.lower()])
+        task = values.pop("task")
+        return AutoConfig.for_model(**values), args.task or task
     task = args.task or "causal_lm"
     path = Path(args.model).expanduser()
     if path.suffix == ".json" and path.is_file():

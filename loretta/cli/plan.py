@@ -12,76 +12,15 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from loretta.cli import options
 from loretta.cli.errors import UserError, one_line
-from loretta.cli.method import OPTIONS, add_hyperparameters, method_config
-from loretta.cli.models import DTYPES
+from loretta.cli.method import check_method_options, method_config
 from loretta.cli.params import configuration
-from loretta.cli.presets import PRESETS
 from loretta.cli.wrapping import skeleton, wrapped
-from loretta.plan import CHECKPOINTING, QUANTS, Batch, Devices, Memory, StepCounter, memory, quantise
+from loretta.plan import Batch, Devices, Memory, StepCounter, memory, quantise
 from loretta.targets import FAMILIES
 
-METHODS = (*options.METHODS, "lora", "full")
+METHODS = ("adp", "rep", "lora", "full")
 GIB = 1 << 30
-EPILOG = f"""\
-presets, known offline: {", ".join(PRESETS)}
-
-examples:
-  loretta plan --model llama-2-7b --seq 2048 --batch 4 --memory 24
-  loretta plan --model llama-2-70b --seq 4096 --quant 4bit-double --checkpointing --memory 80
-  loretta plan --model llama-3.1-405b --seq 4096 --gpus 16 --fsdp --checkpointing --method adp rep --memory 80
-
-The step is run on tensors that have sizes and no memory: forward, loss, backward; AdamW; rows without padding, no
-autocast, no accumulation. Weights, gradients, optimiser and activations (what autograd saves) are counted. The peak,
-which adds what operators need in passing, is an estimate, and knows neither the CUDA context nor the allocator's gaps:
-leave a quarter free.
-lora: PEFT's LoRA with rep's --r, --alpha, --dropout and targets. full: every weight, trained in --dtype.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "plan",
-        help="will it fit: memory a GPU needs, without loading a weight",
-        description="Memory of a training step on each GPU: LoRETTA's methods, LoRA and full fine-tuning side by side.",
-        usage="loretta plan --model MODEL --seq N [option ...]",
-        epilog=EPILOG,
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", required=True, metavar="MODEL", help="preset, folder, config.json, .gguf file, or hub id"
-    )
-    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
-    group.add_argument("--task", choices=options.TASKS, help="which head (default: as `loretta params`)")
-    group.add_argument("--classes", type=options.at_least_two, default=2, metavar="N", help="of seq_cls (default 2)")
-    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base model (default bfloat16)")
-    group.add_argument(
-        "--quant",
-        choices=QUANTS,
-        default="none",
-        help="bitsandbytes base: NF4; --load-in-4bit makes 4bit-double (default none)",
-    )
-    group.add_argument("--attention", choices=("sdpa", "eager"), help="default: what transformers takes")
-    step = parser.add_argument_group("step")
-    step.add_argument("--seq", type=options.at_least_two, required=True, metavar="N", help="tokens a row")
-    step.add_argument("--batch", type=options.positive_int, default=1, metavar="N", help="rows on each GPU (default 1)")
-    step.add_argument(
-        "--checkpointing", nargs="?", choices=CHECKPOINTING, default="none", const="non-reentrant",
-        help="gradient checkpointing; alone: non-reentrant, as `loretta finetune` (default none)",
-    )  # fmt: skip
-    device = parser.add_argument_group("devices")
-    device.add_argument("--gpus", type=options.positive_int, default=1, metavar="N", help="default 1")
-    device.add_argument("--fsdp", action="store_true", help="shard over the GPUs (FSDP2); otherwise each has a copy")
-    device.add_argument(
-        "--memory", type=options.positive, metavar="GIB", help="what a GPU has: adds the verdict and the largest batch"
-    )
-    method = parser.add_argument_group("method")
-    method.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="default: all, side by side")
-    add_hyperparameters(method)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, sizes in bytes")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,26 +54,15 @@ def _checked_methods(args: argparse.Namespace) -> list[str]:
         if methods == ["full"]:
             raise UserError(f"--quant {args.quant} with --method full: a quantised base cannot be trained")
         methods = [method for method in methods if method != "full"]
-    for option in OPTIONS:
-        if getattr(args, option.dest) is not None and not any(method in option.fields for method in _kinds(methods)):
-            raise UserError(f"{option.flag} belongs to --method {next(iter(option.fields))}, not {' '.join(methods)}")
+    check_method_options(args, methods)
     return methods
-
-
-def _kinds(methods: list[str]) -> set[str]:
-    return {"rep" if method == "lora" else method for method in methods}
 
 
 def _method_config(args: argparse.Namespace, method: str, task: str, config: Any) -> Any:
     """The PEFT configuration of a method, or None for full fine-tuning."""
     if method == "full":
         return None
-    own = argparse.Namespace(**vars(args))
-    own.method = "rep" if method == "lora" else method
-    for option in OPTIONS:
-        if own.method not in option.fields:
-            setattr(own, option.dest, None)
-    made = method_config(own, task)
+    made = method_config(args, "rep" if method == "lora" else method, task)
     if method != "lora":
         return made
     family = FAMILIES.get(config.get_text_config().model_type)

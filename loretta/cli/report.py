@@ -1,10 +1,14 @@
 """Where words go: progress to stderr, the result to stdout."""
 
 import json
+import os
 import sys
 from typing import Any
 
-from loretta.cli.distributed import is_main
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def say(line: str) -> None:

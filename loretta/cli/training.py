@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from loretta.cli import distributed
 from loretta.cli.checkpoints import seal
 from loretta.cli.encode import Collator, Examples
+from loretta.cli.report import is_main
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train(
     clock = _Clock(on_start)
     trainer.add_callback(clock)
     trainer.add_callback(_Checkpoints())
-    if distributed.is_main():
+    if is_main():
         trainer.add_callback(_Progress())
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -127,7 +128,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.wait()
-        if distributed.is_main():
+        if is_main():
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
