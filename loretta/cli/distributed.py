@@ -26,9 +26,17 @@ def _asked(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what.upper()}", "false").lower() in ("1", "true")
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator of this machine, or None.
+
+    PyTorch built for CUDA names "cuda" as current_accelerator() without a GPU, too, and 2.6 raises there.
+    """
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def on_cpu() -> bool:
     """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
-    return _asked("cpu") or (torch.accelerator.current_accelerator() is None and engine() == "none")
+    return _asked("cpu") or (accelerator() is None and engine() == "none")
 
 
 def connect() -> None:

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loretta.cli.allocator import keep_freed_memory
-from loretta.cli.distributed import engine
+from loretta.cli.distributed import accelerator, engine
 from loretta.cli.errors import UserError, one_line
 from loretta.quantised import keep_unpacked
 
@@ -39,7 +39,7 @@ class Base:
 
 def device() -> torch.device:
     """The accelerator that the Trainer will use, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return accelerator() or torch.device("cpu")
 
 
 def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant: str | None = None) -> Base:
