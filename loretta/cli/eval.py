@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         base = make_base(args.model, args.gguf, task, args.dtype or record.get("dtype"), args.quant)
     else:
         raise UserError("give --model, --adapter, or both")
-    rows = read_rows(args.data, base.task)
+    rows = read_rows(args.data, base.task, dict(args.columns))
     tokenizer = load_tokenizer(base)
     seq_len = usable_seq_len(args.seq_len or record.get("seq_len"), base, tokenizer)
     model = load_base(base, tokenizer)
@@ -35,12 +35,19 @@ def run(args: argparse.Namespace) -> None:
     if args.adapter:
         model = load_adapter(model, args.adapter)
     examples = encode(rows, tokenizer, seq_len, labels).first(args.eval_limit)
+    examples.say_losses(rows.source, seq_len)
     batch_size = args.batch_size or record.get("batch_size") or 8
     metric = METRICS[base.task]
-    scores = evaluate(model, examples, Collator(tokenizer.pad_token_id), batch_size, base.task, "evaluating")
+    scores = evaluate(model, examples, Collator(tokenizer), batch_size, base.task, "evaluating")
     if not math.isfinite(scores["loss"]):
         raise UserError(
-            f"{args.adapter or args.model}: the loss on {args.data} is {scores['loss']}, not a finite number"
+            f"{args.adapter or args.model}: the loss on {rows.source} is {scores['loss']}, not a finite number"
         )
-    result = {"model": base.model, "adapter": args.adapter, "task": base.task, "examples": len(examples), **scores}
-    show(result, [(metric, shown_metric(metric, scores[metric])), ("examples", str(len(examples)))], args.json)
+    result = {
+        "model": base.model,
+        "adapter": args.adapter,
+        "task": base.task,
+        "examples": len(examples.items),
+        **scores,
+    }
+    show(result, [(metric, shown_metric(metric, scores[metric])), ("examples", str(len(examples.items)))], args.json)

@@ -41,11 +41,17 @@ class Job:
         args, schedule = self.args, asdict(self.schedule)
         del schedule["save_steps"]
         held_out = (
-            {"eval_data": fingerprint(args.eval_data)} if args.eval_data else {"eval_fraction": args.eval_fraction}
+            {"eval_data": [fingerprint(source) for source in args.eval_data]}
+            if args.eval_data
+            else {"eval_fraction": args.eval_fraction}
         )
         model = {"model": self.base.model, "gguf": self.base.gguf, "task": self.base.task, "dtype": self.base.dtype}
         model["quant"] = self.base.quant
-        data = {"data": fingerprint(args.data), "eval_limit": args.eval_limit, "seq_len": args.seq_len}
+        data = {
+            "data": [fingerprint(source) for source in args.data],
+            "eval_limit": args.eval_limit,
+            "seq_len": args.seq_len,
+        }
         run = {"processes": distributed.processes(), "engine": distributed.engine()}
         return (
             model
@@ -87,15 +93,15 @@ def _checked(args: argparse.Namespace) -> Job:
     check_method_options(args, [args.method])
     config = method_config(args, args.method, args.task)
     base = make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
-    rows = read_rows(args.data, args.task)
-    if args.eval_data:
-        held_rows = read_rows(args.eval_data, args.task)
-        if held_rows.kind != rows.kind:
-            raise UserError(f"{args.eval_data}: has {held_rows.kind} rows where --data has {rows.kind} rows")
-    else:
-        rows, held_rows = rows.held_out(args.eval_fraction)
+    rows = read_rows(args.data, args.task, dict(args.columns))
     if args.task == "seq_cls":
         base = base.with_labels(label_names(rows))
+    if args.eval_data:
+        held_rows = read_rows(args.eval_data, args.task, dict(args.columns))
+        if held_rows.kind != rows.kind:
+            raise UserError(f"{held_rows.source}: has {held_rows.kind} rows where --data has {rows.kind} rows")
+    else:
+        rows, held_rows = rows.held_out(args.eval_fraction)
     schedule = Schedule(
         args.lr, args.steps, args.epochs, args.batch_size, args.grad_accum, args.weight_decay, args.lr_schedule,
         args.warmup, args.seed, args.save_steps or None, args.gradient_checkpointing,
@@ -114,7 +120,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
             wrapped(skeleton(load_config(base), base.task, base.model), job.config)
         examples = encode(job.rows, tokenizer, seq_len, base.labels)
         held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
-    collator = Collator(tokenizer.pad_token_id)
+    collator = Collator(tokenizer)
     arguments = training_arguments(job.schedule, output.checkpoints, base.dtype)
 
     say(f"loading {base.model}")
@@ -124,7 +130,9 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         total = model.num_parameters()  # of a 4-bit weight numel() counts the bytes
     else:
         total = sum(distributed.count(parameter) for parameter in model.parameters())
-    say(f"{len(examples)} examples to train on, {len(held_out)} held out, at most {seq_len} tokens each")
+    say(f"{len(examples.items)} examples to train on, {len(held_out.items)} held out, at most {seq_len} tokens each")
+    examples.say_losses("training", seq_len)
+    held_out.say_losses("held out", seq_len)
     set_seed(args.seed)
     model = wrapped(model, job.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -163,6 +171,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         "seq_len": seq_len,
         "batch_size": args.batch_size,
         "processes": distributed.processes(),
+        "rows": {"training": examples.counts(), "held_out": held_out.counts()},
         "trainable_parameters": trainable,
         "base_parameters": total,
         "steps": outcome.steps,
@@ -181,7 +190,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
 
 def _plot(file: Path, job: Job, outcome: Outcome, before: float, after: float) -> None:
     unit = "predicted token" if job.base.task == "causal_lm" else "row"
-    title = f"LoRETTA_{job.args.method} on {Path(job.base.model).name}, {Path(job.args.data).name}"
+    title = f"LoRETTA_{job.args.method} on {Path(job.base.model).name}, {Path(job.args.data[0]).name}"
     plot_losses(file, outcome.losses, {0: before, outcome.steps: after}, title, unit)
 
 

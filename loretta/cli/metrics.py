@@ -28,7 +28,7 @@ def evaluate(
     model.eval()
     device = used_device()
     loss_sum, right, count = 0.0, 0.0, 0.0
-    starts = range(0, len(examples), batch_size)
+    starts = range(0, len(examples.items), batch_size)
     mine = share(starts)
     rounds = range(math.ceil(len(starts) / processes()))  # a sharded model needs every process in every round
     for number in tqdm(rounds, desc=title, unit="batch", file=sys.stderr, leave=False, disable=not is_main()):

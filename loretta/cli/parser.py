@@ -13,16 +13,24 @@ METHODS = ("adp", "rep")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # the short name -> the one in records
 QUANTS = {"4bit": "4 bits (NF4, its scales quantised too)", "8bit": "8 bits"}  # name in records -> in the help
 PRESETS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+FIELDS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 DATA_FORMATS = """\
-data formats (FILE is read by its suffix; a blank line is allowed at the end only):
-  .txt    plain UTF-8 text, cut into blocks of --seq-len tokens
-  .jsonl  one JSON object a line, all lines of one kind:
-            {"text": "Once upon a time ..."}
-            {"prompt": "Translate: chat", "completion": " cat"}      loss on the completion only
-            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-                                                                     loss on the assistant's turns only
-            {"text": "A fine film", "label": "good"}                 --task seq_cls
-  .csv    a header line with those names (text | prompt,completion | text,label), then one record a line
+data formats, told by the suffix (capitals too, each also with .gz); all rows are of one kind:
+  .txt             plain UTF-8 text, a file a document, cut into blocks of --seq-len tokens
+  .jsonl           one JSON object a line (a blank line is allowed at the end only):
+    {"text": "Once upon a time ..."}
+    {"prompt": "Translate: chat", "completion": " cat"}      loss on the completion only
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+                                                             loss on the assistant's turns only
+    {"instruction": "Add.", "input": "2, 3", "output": "5"}  Alpaca: its template as prompt, loss on the output
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}   ShareGPT: as messages
+    {"text": "A fine film", "label": "good"}                 --task seq_cls: a name, a number or true or false
+    {"text": "It rains.", "text_pair": "It is wet.", "label": "entailment"}        two texts
+  .json            an array of such objects, or one object a line
+  .csv, .tsv       a header line with those names, then one record a line; a .csv may be cut by , ; or tabs
+  .parquet         columns with those names
+  ID[:CONFIG[:SPLIT]]   a hub data set (split train): nyu-mll/glue:mrpc:validation
+.parquet and the hub need: pip install 'loretta-tt[data]'. Columns of other names: --columns text=sentence
 """
 
 
@@ -77,6 +85,14 @@ def _number_or_name(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _column(text: str) -> tuple[str, str]:
+    """NAME=COLUMN as a pair."""
+    name, equals, column = text.partition("=")
+    if name not in FIELDS or not equals or not column:
+        raise argparse.ArgumentTypeError(f"must be NAME=COLUMN with NAME one of {', '.join(FIELDS)}, not {text!r}")
+    return name, column
 
 
 @dataclass(frozen=True)
@@ -172,8 +188,10 @@ def _add_dtype(group: Any, shown: str, default: str | None = None) -> None:
 
 
 def _add_data(group: Any) -> None:
-    text = "files (.txt, .jsonl, .csv) or a hub data set; see below"
-    group.add_argument("--data", required=True, metavar="FILE_OR_ID", help=text)
+    text = "files or hub data sets, all of one kind; see below"
+    group.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_ID", help=text)
+    text = "names of columns in the data, such as text=sentence label=stars"
+    group.add_argument("--columns", type=_column, nargs="+", default=[], metavar="NAME=COLUMN", help=text)
 
 
 def _add_json(parser: Parser, threads: bool = False) -> None:
@@ -219,7 +237,8 @@ The result goes to stdout, progress to stderr. Exit code 2: something given cann
     data.add_argument("--task", choices=TASKS, default="causal_lm", help="default: causal_lm")
     _number(data, "--seq-len", AT_LEAST_TWO, "tokens a block or row (default 256)")
     held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument("--eval-data", metavar="FILE_OR_ID", help="held-out data (default: part of --data)")
+    text = "held-out data (default: part of --data)"
+    held_out.add_argument("--eval-data", nargs="+", metavar="FILE_OR_ID", help=text)
     _number(held_out, "--eval-fraction", FRACTION, "part of --data to hold out", 0.05)
     _number(data, "--eval-limit", POSITIVE_INT, "evaluate on the first N blocks or rows only")
     _add_methods(parser, **_ONE_METHOD)

@@ -1,24 +1,35 @@
-"""Reads .txt, .jsonl and .csv files (or a hub data set) into rows of one kind, checking every line."""
+"""Reads files and hub data sets into rows of one kind, and names the line that cannot be used."""
 
 import csv
+import gzip
 import io
 import json
+import math
 import random
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loretta.cli.errors import UserError, one_line
 
-SUFFIXES = (".txt", ".jsonl", ".csv")
-ROLES = ("system", "user", "assistant", "tool")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 CSV_FIELD_LIMIT = 1 << 30
-FIELDS = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",), "label": ("text", "label")}
+KINDS = {  # by task: the kinds of rows and the fields of each
+    "causal_lm": {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)},
+    "seq_cls": {"label": ("text", "label"), "pair": ("text", "text_pair", "label")},
+}
 ACCEPTED = {
     "causal_lm": '"text", or "prompt" and "completion", or "messages"',
-    "seq_cls": '"text" and "label"',
+    "seq_cls": '"text" and "label", and "text_pair" where there are two texts',
 }
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}  # "from" -> "role"
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, all of one kind: text, completion, chat or label."""
+    """Rows of one kind: text, completion, chat, label or pair."""
 
     source: str
     kind: str
@@ -40,8 +51,8 @@ class Rows:
     def held_out(self, fraction: float) -> tuple["Rows", "Rows"]:
         """Split into a training and a held-out part.
 
-        Text is cut once, so that what is held out is the contiguous end of it; rows of the other kinds stand
-        for themselves and may be sorted, so those are drawn at random (always the same ones).
+        One text is cut, so that its contiguous end is held out. Rows of the other kinds stand for themselves and may
+        be sorted, so they are drawn at random, always the same ones; one row of every class stays in training.
         """
         if self.kind == "text" and len(self.rows) == 1:
             head, tail = _split_text(self.rows[0].fields["text"], fraction)
@@ -50,6 +61,9 @@ class Rows:
             rows = list(self.rows)
             if self.kind != "text":
                 random.Random(0).shuffle(rows)
+            if "label" in rows[0].fields:
+                first = {id(row) for row in {row.fields["label"]: row for row in rows}.values()}
+                rows.sort(key=lambda row: id(row) not in first)
             cut = len(rows) - max(1, round(len(rows) * fraction))
             parts = [part for part in (rows[:cut], rows[cut:]) if part]
         if len(parts) < 2:
@@ -57,67 +71,100 @@ class Rows:
         return Rows(self.source, self.kind, parts[0]), Rows(self.source, self.kind, parts[1])
 
 
-def read_rows(source: str, task: str) -> Rows:
-    """Read a file, or else a hub data set, for task "causal_lm" or "seq_cls".
+def read_rows(sources: Sequence[str], task: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """Read files or hub data sets for task "causal_lm" or "seq_cls".
+
+    Args:
+        sources: paths, or hub ids as ID[:CONFIG[:SPLIT]].
+        columns: the names of fields in the data, by the names that they have here.
 
     Raises:
         UserError: naming the file and the line for whatever cannot be used.
     """
-    path = Path(source)
+    kind: str | None = None
+    rows: list[Row] = []
+    for source in sources:
+        count = len(rows)
+        for where, fields in _numbered(source):
+            row_kind, row_fields = _checked(where, fields, task, columns or {})
+            if kind not in (None, row_kind):
+                raise UserError(f"{where}: a {row_kind} row after {kind} rows; all rows must be of one kind")
+            kind = row_kind
+            rows.append(Row(where, row_fields))
+        if len(rows) == count:
+            raise UserError(f"{source}: no rows in it")
+    assert kind is not None
+    return Rows(" ".join(sources), kind, rows)
+
+
+def _numbered(source: str) -> Iterator[tuple[str, Any]]:
+    """Pairs of the place that a message names (file and line, or row) and what stands there."""
+    path = Path(source).expanduser()
     if path.is_file():
-        numbered: Iterable[tuple[str, Any]] = _read_file(path)
-    elif path.is_dir():
-        raise UserError(f"{source}: is a folder; give a file ({', '.join(SUFFIXES)})")
-    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        return _read_file(path)
+    if path.is_dir():
+        raise UserError(f"{source}: is a folder; give its files ({', '.join(SUFFIXES)})")
+    if _suffix(path) in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such file")
-    else:
-        numbered = _read_hub(source)
-    kind, rows = None, []
-    for where, fields in numbered:
-        row_kind = _checked_kind(where, fields, task)
-        if kind not in (None, row_kind):
-            raise UserError(f"{where}: a {row_kind} row after {kind} rows; all rows must be of one kind")
-        kind = row_kind
-        rows.append(Row(where, {name: fields[name] for name in FIELDS[kind]}))
-    if kind is None:
-        raise UserError(f"{source}: no rows in it")
-    return Rows(source, kind, rows)
+    return _read_hub(source)
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Pairs of (file and line, fields)."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown format {path.suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}")
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}, and .gz")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.name.lower().endswith(".gz") else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not valid gzip: {one_line(error)}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if suffix == ".parquet":
+        return _read_parquet(path, data)
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from error
+        raise UserError(f"{path}:{error.object[: error.start].count(10) + 1}: not UTF-8 text") from error
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return iter([(f"{path}:1", {"text": text})])
-    return _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return _read_array(path, text)
+    return _read_csv(path, text) if suffix in (".csv", ".tsv") else _read_lines(path, text)
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _read_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """One JSON value a line; blank lines are allowed at the end only."""
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         where = f"{path}:{number}"
         if not line.strip():
             raise UserError(f"{where}: empty line")
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {one_line(error)}") from error
+        yield where, _json(where, line)
+
+
+def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """One JSON array of rows."""
+    return ((f"{path} row {number}", row) for number, row in enumerate(_json(str(path), text), 1))
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {one_line(error)}") from error
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """A header line, then records; a record is named by the line it begins on."""
+    """A header line, which tells the delimiter, then records; a record is named by the line it begins on."""
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
+    delimiter = "\t" if _suffix(path) == ".tsv" else max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"
@@ -139,40 +186,91 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield where, dict(zip(header, record, strict=True))
 
 
+def _read_parquet(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"{path}: needs the package datasets: pip install 'loretta-tt[data]'") from error
+    try:
+        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise UserError(f"{path}: not valid Parquet: {one_line(error)}") from error
+    return ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+
+
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
-    """The training split of a hub data set."""
+    """A split of a hub data set, its classes by their names."""
+    name, config, split, *_ = [*source.split(":"), "", ""]
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(
-            f"{source}: no such file; to read it as a hub data set, install the package: pip install datasets"
-        ) from error
+        hint = "to read it as a hub data set, install the package datasets: pip install 'loretta-tt[data]'"
+        raise UserError(f"{source}: no such file; {hint}") from error
     try:
-        rows = load_dataset(source, split="train")
+        rows = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that this id cannot be had
         raise UserError(f"{source}: no such file, and no such hub data set: {one_line(error)}") from error
-    return ((f"{source} row {number}", dict(row)) for number, row in enumerate(rows, 1))
+    names = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "names")}
+    for number, row in enumerate(rows, 1):
+        classes = {column: names[column][row[column]] for column in names if row[column] is not None}
+        yield f"{source} row {number}", dict(row) | classes
 
 
-def _checked_kind(where: str, fields: Any, task: str) -> str:
-    """Which kind of row this is, after checking every field that the kind has."""
+def _checked(where: str, fields: Any, task: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Which kind of row this is, and the fields that the kind has, each checked."""
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object; a row needs {ACCEPTED[task]}")
-    kinds = ("label",) if task == "seq_cls" else ("chat", "completion", "text")
-    found = [kind for kind in kinds if all(name in fields for name in FIELDS[kind])]
-    if len(found) != 1:
+    for column in columns.values():
+        if column not in fields:
+            raise UserError(f"{where}: no column {column!r} (--columns); it has {', '.join(map(str, fields))}")
+    renamed = {name: fields[column] for name, column in columns.items()}
+    renamed |= {name: fields[name] for name in fields if name not in renamed and name not in columns.values()}
+    known = _in_our_names(where, {name: value for name, value in renamed.items() if value is not None})
+    found = [kind for kind, names in KINDS[task].items() if all(name in known for name in names)]
+    if len(found) != 1 and found != ["label", "pair"]:
         names = ", ".join(map(str, fields)) or "nothing"
         problem = "is ambiguous" if found else "cannot be used"
         raise UserError(f"{where}: a row with {names} {problem}; it needs {ACCEPTED[task]}")
-    for name in FIELDS[found[0]]:
+    checked = {}
+    for name in KINDS[task][found[-1]]:
         if name == "messages":
-            _check_messages(where, fields[name])
-        elif name == "label":
-            if isinstance(fields[name], bool) or not isinstance(fields[name], int | str) or fields[name] == "":
-                raise UserError(f'{where}: "label" is {fields[name]!r}; it must be a name or a whole number')
-        else:
-            _check_text(where, f'"{name}"', fields[name])
-    return found[0]
+            _check_messages(where, known[name])
+        elif name != "label":
+            _check_text(where, f'"{name}"', known[name])
+        checked[name] = _label(where, known[name]) if name == "label" else known[name]
+    return found[-1], checked
+
+
+def _in_our_names(where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Rows of Alpaca's (instruction, input, output) and ShareGPT's (conversations) layout in our names."""
+    if "instruction" in fields and "output" in fields:
+        given = fields.get("input") or ""
+        for name, text in {"instruction": fields["instruction"], "input": given or "none"}.items():
+            _check_text(where, f'"{name}"', text)
+        further = ", paired with an input that provides further context" if given else ""
+        prompt = ALPACA.format(further, fields["instruction"], f"### Input:\n{given}\n\n" if given else "")
+        return {"prompt": prompt, "completion": fields["output"]}
+    turns = fields.get("conversations")
+    if isinstance(turns, list) and "messages" not in fields:
+        fields = {name: value for name, value in fields.items() if name != "conversations"}
+        fields["messages"] = [
+            {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+            if isinstance(turn, dict) and "from" in turn
+            else turn
+            for turn in turns
+        ]
+    return fields
+
+
+def _label(where: str, value: Any) -> str:
+    """A label as text, without blanks around it; a whole number has no fraction and a truth value no capital."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise UserError(f'{where}: "label" is {value!r}; it must be a name or a number')
 
 
 def _check_text(where: str, name: str, value: Any) -> None:

@@ -92,7 +92,7 @@ def train(
     Args:
         on_start: called when the model is ready to be run as the engine wants it, before the first step.
     """
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples.items, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
     clock = _Clock(on_start)
     trainer.add_callback(clock)

@@ -148,6 +148,26 @@ def test_a_classifier_learns_and_keeps_its_labels(loretta, roberta, reviews, tmp
         assert model.config.id2label == {0: "bad", 1: "good"}
 
 
+def test_a_class_with_one_row_does_not_stop_a_run(loretta, roberta, tmp_path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"{c * 3} {n},{c}\n" for c in "ab" for n in range(6)) + "ccc,c\n")
+    command = ["--model", roberta, "--task", "seq_cls", "--data", data, "--method", "rep", "--eval-fraction", 0.9]
+    ran = loretta("finetune", *command, "--steps", 1, "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out" / "loretta.json").read_text())["labels"] == ["a", "b", "c"]
+
+
+def test_the_result_counts_the_rows_that_are_cut_or_dropped(loretta, llama, tmp_path) -> None:
+    rows = [{"prompt": "p" * size, "completion": "answer"} for size in (1, 6, 20)] * 4
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", llama, "--data", tmp_path / "ask.jsonl", "--method", "rep", "--eval-fraction", 0.5]
+    ran = loretta("finetune", *command, "--steps", 1, "--seq-len", 8, "--output", tmp_path / "out", "--json")
+    counts = ran.result()["rows"]
+    for name in ("cut", "dropped"):
+        assert counts["training"][name] + counts["held_out"][name] == 4
+    assert "rows have nothing to learn within 8 tokens and are left out" in ran.err
+
+
 def test_chats_and_completions_train(loretta, llama, tmp_path) -> None:
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
     for name, row in {"chat": {"messages": turns}, "ask": {"prompt": "2+2=", "completion": "4"}}.items():

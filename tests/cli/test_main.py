@@ -58,6 +58,11 @@ WRONG = {
     "output-of-somebody-else": ({"--output": "foreign"}, "foreign: is in use by something else"),
     "output-is-a-file": ({"--output": "data.jsonl"}, "data.jsonl: is not a folder to write to"),
     "nothing-to-resume": ({"--resume": None}, "out: nothing to resume: no complete checkpoint there"),
+    "no-such-column": ({"--columns": "text=body"}, "data.jsonl:1: no column 'body' (--columns); it has text"),
+    "column-for-nothing": (
+        {"--columns": "body=text"},
+        "argument --columns: must be NAME=COLUMN with NAME one of",
+    ),
     "option-misspelt": ({"--step": "3"}, "unrecognized arguments: --step"),
 }
 
