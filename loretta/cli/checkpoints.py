@@ -74,6 +74,7 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
                 f"{output.part}: holds an unfinished run ({checkpoint.name}); continue it with --resume, "
                 "or delete that folder to start over"
             )
+        shutil.rmtree(output.logs, ignore_errors=True)
         return None, {"settings": settings}
     if checkpoint is None and not output.run_file.exists():
         finished = "the run there is finished" if output.path.exists() else "no complete checkpoint there"
@@ -93,5 +94,5 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
 
 def fingerprint(path: str) -> str:
     """A file's content as a short hash, so that a changed file is noticed; a hub id stands for itself."""
-    file = Path(path)
+    file = Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else path

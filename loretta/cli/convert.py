@@ -4,22 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError, one_line
-from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
+from loretta import convert_upstream
+from loretta.cli.adapters import new_folder
+from loretta.cli.output import RECORD, size_on_disk, write_json
 from loretta.cli.report import say, show, shown_bytes
-from loretta.convert import convert_upstream
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert into a new folder, which takes its place at the end."""
-    if Path(args.adapter).expanduser().resolve() == Path(args.out).expanduser().resolve():
-        raise UserError(f"{args.out}: is the adapter itself; choose another --out")
     base = args.model and (str(Path(args.model).expanduser().resolve()) if Path(args.model).exists() else args.model)
-    with OutputFolder(args.out) as output:
-        try:
-            done = convert_upstream(args.adapter, output.new, base, missing=args.missing)
-        except (OSError, ValueError) as error:
-            raise UserError(one_line(error)) from error
+    with new_folder(args.adapter, args.out) as output:
+        done = convert_upstream(args.adapter, output.new, base, missing=args.missing)
         for name in done.from_base:
             say(f"not in the folder, left to the base model: {name}")
         record: dict[str, Any] = {"converted_from": args.adapter}
@@ -27,10 +22,8 @@ def run(args: argparse.Namespace) -> None:
             record |= {"task": "seq_cls", "labels": [str(number) for number in range(done.num_labels)]}
         write_json(output.new / RECORD, record)
         size = size_on_disk(output.new, "adapter_*")
-        output.publish()
     result = {"converted": str(output.path), "method": done.method, "from_base": done.from_base, "bytes": size}
     lines = [(f"{done.method} adapter", f"{output.path} ({shown_bytes(size)})")]
-    lines += [
-        (matrix, f"{shape.in_modes} x {shape.out_modes}, ranks {shape.ranks}") for matrix, shape in done.trains.items()
-    ]
+    for matrix, shape in done.trains.items():
+        lines.append((matrix, f"{shape.in_modes} x {shape.out_modes}, ranks {shape.ranks}"))
     show(result, lines, args.json)

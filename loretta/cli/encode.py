@@ -1,5 +1,6 @@
 """Turns rows into token ids and labels, and batches of them into padded tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -38,10 +39,6 @@ class Examples:
         """The numbers for a record."""
         return {"examples": len(self.items), "cut": self.cut, "dropped": self.dropped}
 
-    def first(self, count: int | None) -> "Examples":
-        """The first `count` examples; all where it is None."""
-        return Examples(self.items[:count], self.cut, self.dropped)
-
 
 @dataclass(frozen=True)
 class Collator:
@@ -59,73 +56,74 @@ class Collator:
 
 
 def label_names(rows: Rows) -> list[str]:
-    """The classes of labelled rows, whole numbers in their order and names in the alphabet's."""
+    """The classes of labelled rows, whole numbers in their order and names in the alphabet's.
+
+    Numbers of which one has a fraction are no classes: the list is empty, and the task a regression.
+    """
     names = {row.fields["label"] for row in rows.rows}
     if len(names) < 2:
         raise UserError(f"{rows.source}: every row has the label {names.pop()!r}; there is nothing to tell apart")
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    if all(_is_number(name) for name in names):
+        whole = all(name.removeprefix("-").isdecimal() for name in names)
+        return sorted(names, key=int) if whole else []
+    return sorted(names)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def encode(rows: Rows, tokenizer: Any, seq_len: int, labels: list[str] | None = None) -> Examples:
     """Encode rows of any kind into examples of at most `seq_len` tokens.
 
-    Text becomes one stream cut into blocks; prompts and chats become one example each, with a loss on what the
-    model should say only.
+    Text becomes one stream with the end token between documents, cut into blocks (a last token alone is dropped).
+    Prompts and chats become one example each, with a loss on what the model should say only.
 
     Args:
-        labels: the classes, of labelled rows.
+        labels: the classes of labelled rows, none for a regression.
 
     Raises:
         UserError: where a row cannot be encoded, or nothing is left to learn from.
     """
+    items, cut, dropped = list[dict[str, Any]](), 0, 0
     if rows.kind == "text":
-        examples = Examples(_blocks(rows, tokenizer, seq_len))
-    elif rows.kind == "label":
-        examples = _classified(rows, tokenizer, seq_len, labels or [])
-    else:
-        examples = _examples(rows, tokenizer, seq_len)
-    if not examples.items:
-        raise UserError(f"{rows.source}: no row has anything to learn within {seq_len} tokens; raise --seq-len")
-    return examples
-
-
-def _examples(rows: Rows, tokenizer: Any, seq_len: int) -> Examples:
-    """Every row that has something to learn, to the end allowed."""
-    items, cut, dropped = [], 0, 0
-    for row in rows.rows:
-        ids, labels = _completion(row, tokenizer) if rows.kind == "completion" else _chat(row, tokenizer)
-        if all(label == IGNORED for label in labels[1:seq_len]):
-            dropped += 1
+        stream: list[int] = []
+        for row in rows.rows:
+            if stream and tokenizer.eos_token_id is not None:
+                stream.append(tokenizer.eos_token_id)
+            stream += tokenizer(row.fields["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        blocks = (stream[start : start + seq_len] for start in range(0, len(stream), seq_len))
+        items = [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
+    for row in rows.rows if rows.kind != "text" else ():
+        if rows.kind in ("label", "pair"):
+            item = _labelled(row, tokenizer, labels or [])
+            if len(item["input_ids"]) > seq_len:
+                item, cut = _labelled(row, tokenizer, labels or [], truncation=True, max_length=seq_len), cut + 1
+            items.append(item)
             continue
-        cut += len(ids) > seq_len
-        items.append({"input_ids": ids[:seq_len], "labels": labels[:seq_len]})
+        ids, wanted = _completion(row, tokenizer) if rows.kind == "completion" else _chat(row, tokenizer)
+        if all(label == IGNORED for label in wanted[1:seq_len]):
+            dropped += 1
+        else:
+            items.append({"input_ids": ids[:seq_len], "labels": wanted[:seq_len]})
+            cut += len(ids) > seq_len
+    if not items:
+        raise UserError(f"{rows.source}: no row has anything to learn within {seq_len} tokens; raise --seq-len")
     return Examples(items, cut, dropped)
 
 
-def _blocks(rows: Rows, tokenizer: Any, seq_len: int) -> list[dict[str, Any]]:
-    """One stream of documents with the end token between them, in blocks; a last token alone is dropped."""
-    stream: list[int] = []
-    for number, row in enumerate(rows.rows):
-        if number and tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-        stream += tokenizer(row.fields["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    blocks = [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
-    return [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
-
-
-def _classified(rows: Rows, tokenizer: Any, seq_len: int, labels: list[str]) -> Examples:
-    """A text and the number of its class, each."""
-    items, cut = [], 0
-    for row in rows.rows:
-        name = row.fields["label"]
-        if name not in labels:
-            raise UserError(f"{row.where}: the label {name!r} is none of the model's: {', '.join(labels)}")
-        item = tokenizer(row.fields["text"], verbose=False)
-        if len(item["input_ids"]) > seq_len:
-            item, cut = tokenizer(row.fields["text"], truncation=True, max_length=seq_len), cut + 1
-        items.append({**item, "labels": labels.index(name)})
-    return Examples(items, cut)
+def _labelled(row: Row, tokenizer: Any, labels: list[str], **options: Any) -> dict[str, Any]:
+    """A text, or two, and the number of its class or its value."""
+    label, texts = row.fields["label"], [row.fields[name] for name in ("text", "text_pair") if name in row.fields]
+    if labels and label not in labels:
+        raise UserError(f"{row.where}: the label {label!r} is none of the model's: {', '.join(labels)}")
+    if not labels and not _is_number(label):
+        raise UserError(f"{row.where}: the label {label!r} is no number, and the model's are: it is a regression")
+    value = labels.index(label) if labels else float(label)
+    return {**tokenizer(*texts, verbose=False, **options), "labels": value}
 
 
 def _completion(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -152,15 +150,24 @@ def _completion(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
     """A chat by the model's template, with loss on the assistant's turns."""
-    messages = row.fields["messages"]
-    template = tokenizer.chat_template
+    messages, template = row.fields["messages"], tokenizer.chat_template
     if template is None:
         raise UserError(f'{row.where}: "messages" need a chat template, and the model\'s tokenizer has none')
     try:
         if "{% generation" in template or "{%- generation" in template:
             out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return out["input_ids"], _wanted(out["input_ids"], out["assistant_masks"])
-        text, spans = _rendered(messages, tokenizer)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = []  # what the assistant says, found by rendering the chat up to there
+        for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
+            before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError(
+                    f"the chat template renders the turns before message {number + 1} differently once it is there, "
+                    "so what the assistant says cannot be told apart; give one assistant turn a row"
+                )
+            spans.append((len(before), len(after)))
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
@@ -173,20 +180,3 @@ def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
 def _wanted(ids: Sequence[int], learned: Sequence[Any]) -> list[int]:
     """The labels of tokens: themselves where they are learned."""
     return [token if on else IGNORED for token, on in zip(ids, learned, strict=True)]
-
-
-def _rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The whole chat as text, and the spans in it that the assistant says, found by rendering prefixes."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"the chat template renders the turns before message {number + 1} differently once it is there, "
-                    "so what the assistant says cannot be told apart; give one assistant turn a row"
-                )
-            spans.append((len(before), len(after)))
-    return text, spans

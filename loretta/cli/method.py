@@ -45,10 +45,3 @@ def method_config(args: argparse.Namespace, method: str, task: str) -> Any:
         fields = {option.field(method): option.flag for option in METHOD_OPTIONS}
         flags = [f" ({fields[field]})" for field in given if field in str(error)]
         raise UserError("".join([one_line(error), *flags[:1]])) from error
-
-
-def method_settings(config: Any, method: str) -> dict[str, Any]:
-    """The value of every option of the method, in a form that JSON keeps."""
-    fields = {option.flag.lstrip("-"): option.field(method) for option in METHOD_OPTIONS}
-    values = {name: getattr(config, field) for name, field in fields.items() if field}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -12,33 +12,34 @@ TASKS = ("causal_lm", "seq_cls")
 METHODS = ("adp", "rep")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # the short name -> the one in records
 QUANTS = {"4bit": "4 bits (NF4, its scales quantised too)", "8bit": "8 bits"}  # name in records -> in the help
-PRESETS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 FIELDS = ("text", "text_pair", "label", "prompt", "completion", "messages")
-DATA_FORMATS = """\
-data formats, told by the suffix (capitals too, each also with .gz); all rows are of one kind:
-  .txt             plain UTF-8 text, a file a document, cut into blocks of --seq-len tokens
-  .jsonl           one JSON object a line (a blank line is allowed at the end only):
-    {"text": "Once upon a time ..."}
-    {"prompt": "Translate: chat", "completion": " cat"}      loss on the completion only
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-                                                             loss on the assistant's turns only
-    {"instruction": "Add.", "input": "2, 3", "output": "5"}  Alpaca: its template as prompt, loss on the output
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}   ShareGPT: as messages
-    {"text": "A fine film", "label": "good"}                 --task seq_cls: a name, a number or true or false
-    {"text": "It rains.", "text_pair": "It is wet.", "label": "entailment"}        two texts
-  .json            an array of such objects, or one object a line
-  .csv, .tsv       a header line with those names, then one record a line; a .csv may be cut by , ; or tabs
-  .parquet         columns with those names
-  ID[:CONFIG[:SPLIT]]   a hub data set (split train): nyu-mll/glue:mrpc:validation
-.parquet and the hub need: pip install 'loretta-tt[data]'. Columns of other names: --columns text=sentence
-"""
+PRESETS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("presets.json").read_text("utf-8"))
+
+
+def _read_help() -> dict[str, tuple[str, str]]:
+    """The sections of help.txt by their command: the usage, and a summary, a description and an epilog below it."""
+    text = Path(__file__).with_name("help.txt").read_text("utf-8").replace("<presets>", ", ".join(PRESETS))
+    sections = (section.partition("\n") for section in text.split("== loretta ")[1:])
+    return {usage.split()[0]: (usage, body.strip()) for usage, _, body in sections}
+
+
+HELP = _read_help()
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose help keeps its lines as written."""
+    """An argument parser whose errors are one line, and whose help is the section of help.txt on its command."""
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, prog: str):
+        usage, body = HELP[prog.partition(" ")[2] or "COMMAND"]
+        _, description, epilog = body.replace("<data formats>", HELP["formats"][1]).split("\n\n", 2)
+        super().__init__(
+            prog,
+            None if usage.startswith("COMMAND") else f"loretta {usage}",
+            description,
+            epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -57,15 +58,17 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = None
+        if self.kind is int and value is not None and value >= 2**32:
+            raise argparse.ArgumentTypeError(f"must be below 4294967296, not {text!r}")
         if value is None or not self.accepts(value):
             raise argparse.ArgumentTypeError(f"must be {self.wanted}, not {text!r}")
         return value
 
 
 NATURAL = Number(int, lambda value: value >= 0, "a whole number of at least 0")
-SEED = Number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 POSITIVE_INT = Number(int, lambda value: value >= 1, "a whole number of at least 1")
 AT_LEAST_TWO = Number(int, lambda value: value >= 2, "a whole number of at least 2")
+THREADS = Number(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 NOT_NEGATIVE = Number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 POSITIVE = Number(float, lambda value: 0 < value < math.inf, "a number above 0")
 SHARE = Number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
@@ -89,8 +92,8 @@ def _number_or_name(text: str) -> float | str:
 
 def _column(text: str) -> tuple[str, str]:
     """NAME=COLUMN as a pair."""
-    name, equals, column = text.partition("=")
-    if name not in FIELDS or not equals or not column:
+    name, _, column = text.partition("=")
+    if name not in FIELDS or not column:
         raise argparse.ArgumentTypeError(f"must be NAME=COLUMN with NAME one of {', '.join(FIELDS)}, not {text!r}")
     return name, column
 
@@ -121,10 +124,7 @@ _SCALING = {"type": _number_or_name, "metavar": "X"}
 _STARTS = {"choices": ("identity", "gaussian")}
 _ACTIVATIONS = "adp: relu, gelu, gelu_tanh, silu, tanh or identity (default relu)"
 _TARGETS = "ends of the names of the linears to adapt, or: all-linear (default: by the model's family)"
-_BIASES = (
-    "which biases of the base are trained: none, all, or those of the adapted linears "
-    "(adapter_only for adp, lora_only for rep) (default none)"
-)
+_BIASES = "biases of the base that are trained: none, all, adp: adapter_only, rep: lora_only (default none)"
 METHOD_OPTIONS = tuple(
     MethodOption(*option)
     for option in (
@@ -151,90 +151,17 @@ METHOD_OPTIONS = tuple(
 
 def make_parser() -> Parser:
     """The parser of all commands; `command` in its result names the module of `loretta.cli` that runs it."""
-    parser = Parser(
-        prog="loretta",
-        description="Fine-tune language models with LoRETTA's tensor-train adapters (LoRETTA_adp, LoRETTA_rep).",
-        epilog="""\
-start with:
-  loretta finetune --model HuggingFaceTB/SmolLM2-135M --data book.txt --method adp --steps 200 --output runs/book
-  loretta eval --adapter runs/book --data other.txt
-
-Each command has its own help: loretta finetune --help
-""",
-    )
+    parser = Parser("loretta")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in (_finetune, _eval, _params, _plan, _export, _merge, _convert, _compress, _check):
-        add(commands)
+        name = add.__name__.strip("_")
+        add(commands.add_parser(name, help=HELP[name][1].partition("\n")[0]))
     return parser
 
 
-def _add_model(parser: Parser, required: bool) -> None:
-    """--model, --gguf, --dtype, --load-in-4bit, --load-in-8bit."""
-    group = parser.add_argument_group("model")
-    text = f"folder, .gguf file, or hub id{'' if required else ' (default: the one the adapter was trained on)'}"
-    group.add_argument("--model", required=required, metavar="PATH_OR_ID", help=text)
-    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
-    _add_dtype(group, "bfloat16 on a GPU, else float32")
-    quantised = group.add_mutually_exclusive_group()
-    for quant, what in QUANTS.items():
-        text = f"quantise the base model's weights to {what} with bitsandbytes"
-        quantised.add_argument(f"--load-in-{quant}", dest="quant", action="store_const", const=quant, help=text)
-
-
-def _add_dtype(group: Any, shown: str, default: str | None = None) -> None:
-    names, text = tuple(DTYPES.values()), f"of the base model: {', '.join(DTYPES)} or the long names (default: {shown})"
-    read: Callable[[str], str] = lambda name: DTYPES.get(name, name)  # noqa: E731
-    group.add_argument("--dtype", type=read, choices=names, default=default, metavar="DTYPE", help=text)
-
-
-def _add_data(group: Any) -> None:
-    text = "files or hub data sets, all of one kind; see below"
-    group.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_ID", help=text)
-    text = "names of columns in the data, such as text=sentence label=stars"
-    group.add_argument("--columns", type=_column, nargs="+", default=[], metavar="NAME=COLUMN", help=text)
-
-
-def _add_json(parser: Parser, threads: bool = False) -> None:
-    """--json, and --threads for commands that load a model."""
-    group = parser.add_argument_group("running")
-    if threads:
-        _number(group, "--threads", POSITIVE_INT, "CPU threads (default: torch's choice)")
-    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
-
-
-def _add_methods(parser: Parser, **options: Any) -> None:
-    """--method with argparse's options, and every hyper-parameter."""
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", **options)
-    for option in METHOD_OPTIONS:
-        group.add_argument(option.flag, dest=option.dest, help=option.text, **option.reading)
-
-
-_ONE_METHOD = {"required": True, "choices": METHODS, "help": "adp: adapters; rep: reparameterised (LoRA-like)"}
-
-
-def _finetune(commands: Any) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train an adapter on a text, JSONL or CSV file",
-        description="Fine-tune a causal language model or a classifier with a LoRETTA adapter.",
-        usage="loretta finetune --model MODEL --data FILE --method {adp,rep} --output DIR [option ...]",
-        epilog=f"""\
-{DATA_FORMATS}
-examples:
-  loretta finetune --model HuggingFaceTB/SmolLM2-135M --data book.txt --method adp --steps 200 --output runs/book
-  loretta finetune --model ./llama --data chats.jsonl --method rep --r 16 --rank 8 --epochs 3 --output runs/chat --plot
-  loretta finetune --model roberta-base --task seq_cls --data reviews.csv --method adp --output runs/reviews
-  loretta finetune --model ./smollm2 --gguf SmolLM2-135M.Q4_1.gguf --data book.txt --method adp --output runs/book
-
-The adapter is swapped in when it is complete; until then the work is in OUTPUT.part, where --resume finds it.
-The result goes to stdout, progress to stderr. Exit code 2: something given cannot be used, and one line says what.
-""",
-    )
+def _finetune(parser: Parser) -> None:
     _add_model(parser, required=True)
-    data = parser.add_argument_group("data")
-    _add_data(data)
-    data.add_argument("--task", choices=TASKS, default="causal_lm", help="default: causal_lm")
+    data = _add_data(parser, task="causal_lm")
     _number(data, "--seq-len", AT_LEAST_TWO, "tokens a block or row (default 256)")
     held_out = data.add_mutually_exclusive_group()
     text = "held-out data (default: part of --data)"
@@ -250,100 +177,45 @@ The result goes to stdout, progress to stderr. Exit code 2: something given cann
     _number(training, "--batch-size", POSITIVE_INT, "rows a batch, in each process", 8)
     _number(training, "--grad-accum", POSITIVE_INT, "batches a step", 1)
     _number(training, "--weight-decay", NOT_NEGATIVE, "of the optimiser", 0.0)
+    text = "any of transformers' optimisers: adafactor, adamw_8bit, lion_8bit, sgd, ... (default adamw_torch)"
+    training.add_argument("--optim", default="adamw_torch", metavar="NAME", help=text)
     schedules = ("linear", "cosine", "constant")
     training.add_argument("--lr-schedule", choices=schedules, default="linear", help="default: linear")
     _number(training, "--warmup", SHARE, "part of the steps that raise the rate", 0.1)
+    text = "no padding: the rows of a batch follow one another, and none sees another"
+    training.add_argument("--packing", action="store_true", help=text)
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    _number(training, "--seed", SEED, "of everything random", 0)
+    _number(training, "--seed", NATURAL, "of everything random", 0)
     output = parser.add_argument_group("output")
     text = "folder of the adapter; a former run's is replaced"
     output.add_argument("--output", required=True, metavar="DIR", help=text)
     _number(output, "--save-steps", NATURAL, "steps between checkpoints, 0: none", 100)
+    _number(output, "--eval-steps", POSITIVE_INT, "steps between evaluations (default: before and after only)")
+    text = "where losses are logged: tensorboard (in OUTPUT/logs), wandb, or another that transformers knows"
+    output.add_argument("--report-to", nargs="+", default=[], metavar="NAME", help=text)
     text = "go on from the newest complete checkpoint of the same run"
     output.add_argument("--resume", action="store_true", help=text)
     output.add_argument("--plot", action="store_true", help="draw the loss curve into OUTPUT/loss.png")
-    _add_json(parser, threads=True)
+    _add_running(parser, threads=True)
 
 
-def _eval(commands: Any) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="perplexity or accuracy of a model or a saved adapter",
-        description="Evaluate a base model, a merged model, a LoRETTA adapter, or an exported LoRA adapter.",
-        epilog=f"""\
-{DATA_FORMATS}
-examples:
-  loretta eval --adapter runs/book --data held-out.txt
-  loretta eval --model runs/book-merged --data held-out.txt
-  loretta eval --model HuggingFaceTB/SmolLM2-135M --data held-out.txt --seq-len 128 --json
-""",
-    )
+def _eval(parser: Parser) -> None:
     _add_model(parser, required=False)
     parser.add_argument("--adapter", metavar="DIR", help="folder of a LoRETTA or plain LoRA adapter")
-    data = parser.add_argument_group("data")
-    _add_data(data)
-    data.add_argument("--task", choices=TASKS, help="default: what the adapter or merged model was trained for")
+    data = _add_data(parser, task=None)
     _number(data, "--seq-len", AT_LEAST_TWO, "default: as trained, else 256")
     _number(data, "--batch-size", POSITIVE_INT, "default: as trained, else 8")
     _number(data, "--eval-limit", POSITIVE_INT, "the first N blocks or rows only")
-    _add_json(parser, threads=True)
+    _add_running(parser, threads=True)
 
 
-def _add_configuration(parser: Parser) -> Any:
-    """--model, --gguf, --task, --classes, of a model that is counted and not loaded."""
-    group = parser.add_argument_group("model")
-    text = "preset, folder, config.json, .gguf file, or hub id of the model"
-    group.add_argument("--model", required=True, metavar="MODEL", help=text)
-    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
-    text = "which head (default: seq_cls for BERT-like presets, else causal_lm)"
-    group.add_argument("--task", choices=TASKS, help=text)
-    _number(group, "--classes", AT_LEAST_TWO, "classes of seq_cls", 2)
-    return group
-
-
-def _params(commands: Any) -> None:
-    parser = commands.add_parser(
-        "params",
-        help="count what would be trained, without loading a weight",
-        description="Trainable parameters by group: cores, biases, norms, head.",
-        usage="loretta params --model MODEL --method {adp,rep} [option ...]",
-        epilog=f"""\
-presets, known offline: {", ".join(PRESETS)}
-
-examples:
-  loretta params --model llama-2-7b --method adp
-  loretta params --model llama-2-7b --method rep --r 16 --rank 8
-  loretta params --model ./config.json --task seq_cls --method adp --bottleneck 32
-
-Each group is printed with the total up to it: published counts differ in where they stop.
-""",
-    )
+def _params(parser: Parser) -> None:
     _add_configuration(parser)
     _add_methods(parser, **_ONE_METHOD)
-    _add_json(parser)
+    _add_running(parser)
 
 
-def _plan(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="will it fit: memory a GPU needs, without loading a weight",
-        description="Memory of a training step on each GPU: LoRETTA's methods, LoRA and full fine-tuning side by side.",
-        usage="loretta plan --model MODEL --seq N [option ...]",
-        epilog=f"""\
-presets, known offline: {", ".join(PRESETS)}
-
-examples:
-  loretta plan --model llama-2-7b --seq 2048 --batch 4 --memory 24
-  loretta plan --model llama-2-70b --seq 4096 --quant 4bit-double --checkpointing --memory 80
-  loretta plan --model llama-3.1-405b --seq 4096 --gpus 16 --fsdp --checkpointing --method adp rep --memory 80
-
-The step is run on tensors that have sizes and no memory: forward, loss, backward; AdamW; rows without padding, no
-autocast, no accumulation. Weights, gradients, optimiser and activations (what autograd saves) are counted. The peak,
-which adds what operators need in passing, is an estimate, and knows neither the CUDA context nor the allocator's gaps:
-leave a quarter free.
-lora: PEFT's LoRA with rep's --r, --alpha, --dropout and targets. full: every weight, trained in --dtype.
-""",
-    )
+def _plan(parser: Parser) -> None:
     group = _add_configuration(parser)
     _add_dtype(group, "bfloat16", "bfloat16")
     quants, text = ("none", "8bit", "4bit", "4bit-double"), "bitsandbytes base; --load-in-4bit makes 4bit-double"
@@ -361,61 +233,18 @@ lora: PEFT's LoRA with rep's --r, --alpha, --dropout and targets. full: every we
     _number(device, "--memory", POSITIVE, text, metavar="GIB")
     methods = (*METHODS, "lora", "full")
     _add_methods(parser, nargs="+", choices=methods, default=methods, help="default: all, side by side")
-    _add_json(parser)
+    _add_running(parser)
 
 
-def _add_conversion(parser: Parser, output: str) -> None:
-    """--adapter, --output and the base's options, for commands that turn an adapter into something else."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder of the adapter")
-    parser.add_argument("--output", required=True, metavar="DIR", help=output)
-    _add_model(parser, required=False)
-    _add_json(parser, threads=True)
-
-
-def _export(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a rep adapter as a plain LoRA checkpoint",
-        description="Write a rep adapter as a plain LoRA checkpoint with the same logits, norms and heads included.",
-        epilog="""\
-example:
-  loretta export --adapter runs/book --output runs/book-lora
-
-Stock PEFT, and whatever reads its format, loads the result without loretta.
-""",
-    )
+def _export(parser: Parser) -> None:
     _add_conversion(parser, "folder of the LoRA checkpoint")
 
 
-def _merge(commands: Any) -> None:
-    parser = commands.add_parser(
-        "merge",
-        help="fold a rep adapter into its base model",
-        description="Write the base model with the adapter in its weights. For rep (and LoRA) adapters: an adp adapter "
-        "has a nonlinearity inside and cannot be merged.",
-        epilog="""\
-example:
-  loretta merge --adapter runs/book --output runs/book-merged
-
-The result is a plain transformers folder: weights, config and tokenizer.
-""",
-    )
+def _merge(parser: Parser) -> None:
     _add_conversion(parser, "folder of the merged model")
 
 
-def _convert(commands: Any) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="take over an adapter of the released loretta package",
-        description="Write an adapter of the released loretta package as one that PEFT loads once loretta-tt is "
-        "imported. The function is the same; a pickle that holds more than tensors is refused.",
-        epilog="""\
-example:
-  loretta convert --from upstream runs/old --out runs/new
-
-runs/old holds adapter_config.json and adapter_model.bin, as the released package (PyPI loretta 0.1.0) writes them.
-""",
-    )
+def _convert(parser: Parser) -> None:
     parser.add_argument("adapter", metavar="FOLDER", help="folder of the released package's adapter")
     parser.add_argument("--from", dest="source", required=True, choices=("upstream",), help="what wrote the folder")
     parser.add_argument("--out", required=True, metavar="NEW", help="folder of the new adapter")
@@ -423,43 +252,90 @@ runs/old holds adapter_config.json and adapter_model.bin, as the released packag
     parser.add_argument("--model", metavar="PATH_OR_ID", help=text)
     text = "what was trained but not saved (norms, DeBERTa's pooler): list it and stop, or take the base model's own"
     parser.add_argument("--missing", choices=("refuse", "base"), default="refuse", help=text)
-    _add_json(parser)
+    _add_running(parser)
 
 
-def _compress(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compress",
-        help="turn a LoRA adapter into a smaller rep adapter",
-        description="Decompose the factors of a LoRA adapter into tensor trains, and print the error of every layer.",
-        epilog="""\
-example:
-  loretta compress --rank 5 runs/lora --out runs/rep
-
-runs/lora is an adapter of PEFT's LoRA. The error printed for a layer is that of its update B·A, relative, in the
-Frobenius norm; a larger --rank lowers it.
-""",
-    )
+def _compress(parser: Parser) -> None:
     parser.add_argument("adapter", metavar="FOLDER", help="folder of the LoRA adapter")
     _number(parser, "--rank", POSITIVE_INT, "no bond has a larger rank", required=True)
     parser.add_argument("--out", required=True, metavar="NEW", help="folder of the rep adapter")
-    _add_json(parser)
+    _add_running(parser)
 
 
-def _check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check",
-        help="check the kernels on this machine",
-        description="Check every operator on the GPU, or on the CPU where there is none.",
-        usage="loretta check [option ...]",
-        epilog="""\
-Every output and gradient is compared with its definition in fp64; its error may be twice that of plain PyTorch in the
-same dtype. Exit code 1 when one is above. On a GPU, forward and backward are timed against a copy of the same bytes.
-
-examples:
-  loretta check
-  loretta check --cpu --all
-""",
-    )
+def _check(parser: Parser) -> None:
     parser.add_argument("--cpu", action="store_true", help="check the CPU, also where there is a GPU")
     parser.add_argument("--all", action="store_true", help="print every output and gradient, not the worst of each")
-    _add_json(parser)
+    _add_running(parser)
+
+
+_ONE_METHOD = {"required": True, "choices": METHODS, "help": "adp: adapters; rep: reparameterised (LoRA-like)"}
+
+
+def _add_methods(parser: Parser, **options: Any) -> None:
+    """--method with argparse's options, and every hyper-parameter."""
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", **options)
+    for option in METHOD_OPTIONS:
+        group.add_argument(option.flag, dest=option.dest, help=option.text, **option.reading)
+
+
+def _add_model(parser: Parser, required: bool) -> None:
+    """--model, --gguf, --dtype, --load-in-4bit, --load-in-8bit, of a model that is loaded."""
+    group = parser.add_argument_group("model")
+    text = f"folder, .gguf file, or hub id{'' if required else ' (default: the one the adapter was trained on)'}"
+    group.add_argument("--model", required=required, metavar="PATH_OR_ID", help=text)
+    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
+    _add_dtype(group, "bfloat16 on a GPU, else float32")
+    quantised = group.add_mutually_exclusive_group()
+    for quant, what in QUANTS.items():
+        text = f"quantise the base model's weights to {what} with bitsandbytes"
+        quantised.add_argument(f"--load-in-{quant}", dest="quant", action="store_const", const=quant, help=text)
+
+
+def _add_configuration(parser: Parser) -> Any:
+    """--model, --gguf, --task, --classes, of a model that is counted and not loaded."""
+    group = parser.add_argument_group("model")
+    text = "preset, folder, config.json, .gguf file, or hub id of the model"
+    group.add_argument("--model", required=True, metavar="MODEL", help=text)
+    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
+    text = "which head (default: seq_cls for BERT-like presets, else causal_lm)"
+    group.add_argument("--task", choices=TASKS, help=text)
+    _number(group, "--classes", AT_LEAST_TWO, "classes of seq_cls", 2)
+    return group
+
+
+def _add_dtype(group: Any, shown: str, default: str | None = None) -> None:
+    names, text = tuple(DTYPES.values()), f"of the base model: {', '.join(DTYPES)} or the long names (default: {shown})"
+    group.add_argument("--dtype", type=_long_name, choices=names, default=default, metavar="DTYPE", help=text)
+
+
+def _long_name(dtype: str) -> str:
+    return DTYPES.get(dtype, dtype)
+
+
+def _add_data(parser: Parser, task: str | None) -> Any:
+    """--data, --columns, --task."""
+    group = parser.add_argument_group("data")
+    text = "files or hub data sets, all of one kind; see below"
+    group.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_ID", help=text)
+    text = "names of columns in the data, such as text=sentence label=stars"
+    group.add_argument("--columns", type=_column, nargs="+", default=[], metavar="NAME=COLUMN", help=text)
+    text = f"default: {task or 'what the adapter or merged model was trained for'}"
+    group.add_argument("--task", choices=TASKS, default=task, help=text)
+    return group
+
+
+def _add_conversion(parser: Parser, output: str) -> None:
+    """--adapter, --output and the base's options, for commands that turn an adapter into something else."""
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder of the adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help=output)
+    _add_model(parser, required=False)
+    _add_running(parser, threads=True)
+
+
+def _add_running(parser: Parser, threads: bool = False) -> None:
+    """--json, and --threads for commands that load a model."""
+    group = parser.add_argument_group("running")
+    if threads:
+        _number(group, "--threads", THREADS, "CPU threads (default: torch's choice)")
+    group.add_argument("--json", action="store_true", help="print the result as one JSON object")

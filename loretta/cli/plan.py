@@ -6,21 +6,52 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import AutoConfig
 
 from loretta.cli.errors import UserError, one_line
 from loretta.cli.method import check_method_options, method_config
-from loretta.cli.params import configuration
-from loretta.cli.wrapping import skeleton, wrapped
+from loretta.cli.models import load_config, make_base, skeleton, wrapped
+from loretta.cli.parser import PRESETS
+from loretta.cli.report import show
 from loretta.plan import Batch, Devices, Memory, StepCounter, memory, quantise
 from loretta.targets import FAMILIES
 
-METHODS = ("adp", "rep", "lora", "full")
 GIB = 1 << 30
+COLUMNS = ("weights", "gradients", "optimiser", "activations", "peak")
+STEP = ("model", "dtype", "quant", "attention", "seq", "batch", "checkpointing", "gpus", "fsdp", "memory")
+
+
+def configuration(args: argparse.Namespace) -> tuple[Any, str]:
+    """The transformers configuration that --model means, for --classes of them, and the task."""
+    config, task = _configuration(args)
+    if task == "seq_cls":
+        config.num_labels = args.classes
+    return config, task
+
+
+def _configuration(args: argparse.Namespace) -> tuple[Any, str]:
+    if args.model.lower() in PRESETS:
+        values = dict(PRESETS[args.model.lower()])
+        task = values.pop("task")
+        return AutoConfig.for_model(**values), args.task or task
+    task = args.task or "causal_lm"
+    path = Path(args.model).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(values.pop("model_type"), **values), task
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{args.model}: is no model configuration: {one_line(error)[:200]}") from error
+    try:
+        return load_config(make_base(args.model, args.gguf, task, None)), task
+    except UserError as error:
+        raise UserError(f"{error}; presets: {', '.join(PRESETS)}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,23 +62,18 @@ def run(args: argparse.Namespace) -> None:
     limit = getattr(text, "max_position_embeddings", None)
     if limit and args.seq > limit:
         raise UserError(f"--seq {args.seq} is more than the {limit} positions of {args.model}")
-    if task == "seq_cls":
-        config.num_labels = args.classes
     if text.pad_token_id is None:
         text.pad_token_id = 0
     config.use_cache = False  # as the Trainer
     configs = {method: _method_config(args, method, task, config) for method in methods}
     rows = {method: _row(args, config, task, configs[method]) for method in methods}
-    if args.json:
-        shown = ("model", "dtype", "quant", "attention", "seq", "batch", "checkpointing", "gpus", "fsdp", "memory")
-        print(json.dumps({"task": task, **{name: getattr(args, name) for name in shown}, "methods": rows}))
-    else:
-        _print(args, rows)
+    result = {"task": task, **{name: getattr(args, name) for name in STEP}, "methods": rows}
+    show(result, _table(rows, args.memory), args.json)
 
 
 def _checked_methods(args: argparse.Namespace) -> list[str]:
     """The methods to show, without those that the other options rule out."""
-    methods = [method for method in METHODS if method in args.method]
+    methods = [method for method in ("adp", "rep", "lora", "full") if method in args.method]
     if args.fsdp and args.gpus == 1:
         raise UserError("--fsdp needs --gpus of at least 2: there is nothing to shard over")
     if args.quant != "none":
@@ -66,25 +92,19 @@ def _method_config(args: argparse.Namespace, method: str, task: str, config: Any
     if method != "lora":
         return made
     family = FAMILIES.get(config.get_text_config().model_type)
-    return LoraConfig(
-        task_type=made.task_type,
-        r=made.r,
-        lora_alpha=made.lora_alpha,
-        lora_dropout=made.lora_dropout,
-        target_modules=made.target_modules or (list(family.rep) if family else None),
-        layers_to_transform=made.layers_to_transform,
-        modules_to_save=made.modules_to_save,
-    )
+    shared = ("task_type", "r", "lora_alpha", "lora_dropout", "layers_to_transform", "modules_to_save")
+    targets = made.target_modules or (list(family.rep) if family else None)
+    return LoraConfig(target_modules=targets, **{name: getattr(made, name) for name in shared})
 
 
 def _row(args: argparse.Namespace, config: Any, task: str, method: Any) -> dict[str, Any]:
     """A method's bytes, and what a GPU's memory makes of them."""
-    dtype = {"dtype": getattr(torch, args.dtype)}
-    attention = {"attn_implementation": args.attention} if args.attention else {}
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
+    options |= {"attn_implementation": args.attention} if args.attention else {}
     devices = Devices(args.gpus, args.fsdp)
 
     def make(layers: int | None) -> nn.Module:
-        base = skeleton(_shortened(config, layers), task, args.model, **dtype, **attention)
+        base = skeleton(_shortened(config, layers), task, args.model, **options)
         quantise(base, args.quant)
         return base if method is None else wrapped(base, method, low_cpu_mem_usage=True)
 
@@ -128,31 +148,22 @@ def _largest_batch(peak: Callable[[int], int], limit: float) -> int:
         slope = (peak(high) - peak(low)) / (high - low)
         low, high = high, high + (int((limit - peak(high)) / slope) + 1 if slope else high)
     while high - low > 1:
-        share = (limit - peak(low)) / (peak(high) - peak(low))
-        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        part = (limit - peak(low)) / (peak(high) - peak(low))
+        guess = min(max(low + int(part * (high - low)), low + 1), high - 1)
         low, high = (guess, high) if peak(guess) <= limit else (low, guess)
     return low
 
 
-def _print(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """A table with a line for each method."""
-    columns = ("weights", "gradients", "optimiser", "activations", "peak")
-    table: list[tuple[str, ...]] = [("method", "trainable", *columns[:-1], "peak (estimated)")]
-    table += [
-        (name, f"{row['trainable']:,}", *(_shown(row[column]) for column in columns)) for name, row in rows.items()
-    ]
-    if args.memory:
-        table[0] += (f"fits {args.memory:g} GiB", "largest batch")
-        for number, row in enumerate(rows.values(), 1):
-            table[number] += ("yes" if row["fits"] else "no", f"{row['largest_batch']}")
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print(
-            "  ".join(
-                f"{cell:>{width}}" if column else f"{cell:<{width}}"
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+def _table(rows: dict[str, dict[str, Any]], limit: float | None) -> list[tuple[str, ...]]:
+    """The lines that are printed: a head, and one for each method."""
+    lines: list[tuple[str, ...]] = [("method", "trainable", *COLUMNS[:-1], "peak (estimated)")]
+    for name, row in rows.items():
+        lines.append((name, f"{row['trainable']:,}", *(_shown(row[column]) for column in COLUMNS)))
+    if limit:
+        verdicts = [("yes" if row["fits"] else "no", f"{row['largest_batch']}") for row in rows.values()]
+        more = [(f"fits {limit:g} GiB", "largest batch"), *verdicts]
+        lines = [line + added for line, added in zip(lines, more, strict=True)]
+    return lines
 
 
 def _shown(size: int) -> str:

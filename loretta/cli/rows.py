@@ -7,7 +7,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from loretta.cli.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-CSV_FIELD_LIMIT = 1 << 30
 KINDS = {  # by task: the kinds of rows and the fields of each
     "causal_lm": {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)},
     "seq_cls": {"label": ("text", "label"), "pair": ("text", "text_pair", "label")},
@@ -51,14 +50,17 @@ class Rows:
     def held_out(self, fraction: float) -> tuple["Rows", "Rows"]:
         """Split into a training and a held-out part.
 
-        One text is cut, so that its contiguous end is held out. Rows of the other kinds stand for themselves and may
-        be sorted, so they are drawn at random, always the same ones; one row of every class stays in training.
+        One text is cut at a blank, so that its contiguous end is held out. Rows of the other kinds stand for themselves
+        and may be sorted, so they are drawn at random, always the same ones; one row of every class stays in training.
         """
-        if self.kind == "text" and len(self.rows) == 1:
-            head, tail = _split_text(self.rows[0].fields["text"], fraction)
-            parts = [[Row(self.rows[0].where, {"text": part})] for part in (head, tail) if part.strip()]
+        rows = list(self.rows)
+        if self.kind == "text" and len(rows) == 1:
+            text = rows[0].fields["text"]
+            cut = int(len(text) * (1 - fraction))
+            while cut < len(text) and not text[cut].isspace():
+                cut += 1
+            parts = [[Row(rows[0].where, {"text": part})] for part in (text[:cut], text[cut:]) if part.strip()]
         else:
-            rows = list(self.rows)
             if self.kind != "text":
                 random.Random(0).shuffle(rows)
             if "label" in rows[0].fields:
@@ -81,39 +83,32 @@ def read_rows(sources: Sequence[str], task: str, columns: Mapping[str, str] | No
     Raises:
         UserError: naming the file and the line for whatever cannot be used.
     """
-    kind: str | None = None
-    rows: list[Row] = []
+    kind, rows = "", list[Row]()
     for source in sources:
+        path = Path(source).expanduser()
+        is_path = _suffix(path) in SUFFIXES or path.is_absolute() or source[:1] in (".", "~") or source.count("/") > 1
+        if path.is_dir():
+            raise UserError(f"{source}: is a folder; give its files ({', '.join(SUFFIXES)})")
+        if is_path and not path.is_file():
+            raise UserError(f"{source}: no such file")
         count = len(rows)
-        for where, fields in _numbered(source):
-            row_kind, row_fields = _checked(where, fields, task, columns or {})
-            if kind not in (None, row_kind):
+        for where, found in _read_file(path) if path.is_file() else _read_hub(source):
+            row_kind, fields = _checked(where, found, task, columns or {})
+            if kind not in ("", row_kind):
                 raise UserError(f"{where}: a {row_kind} row after {kind} rows; all rows must be of one kind")
             kind = row_kind
-            rows.append(Row(where, row_fields))
+            rows.append(Row(where, fields))
         if len(rows) == count:
             raise UserError(f"{source}: no rows in it")
-    assert kind is not None
     return Rows(" ".join(sources), kind, rows)
-
-
-def _numbered(source: str) -> Iterator[tuple[str, Any]]:
-    """Pairs of the place that a message names (file and line, or row) and what stands there."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        raise UserError(f"{source}: is a folder; give its files ({', '.join(SUFFIXES)})")
-    if _suffix(path) in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: no such file")
-    return _read_hub(source)
 
 
 def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
+    """Pairs of the place that a message names (file and line, or row) and what stands there."""
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}, and .gz")
@@ -133,39 +128,29 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     if suffix == ".txt":
-        return iter([(f"{path}:1", {"text": text})])
+        return [(f"{path}:1", {"text": text})]
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(path, text, "\t" if suffix == ".tsv" else max(",;\t", key=text.partition("\n")[0].count))
     if suffix == ".json" and text.lstrip().startswith("["):
-        return _read_array(path, text)
-    return _read_csv(path, text) if suffix in (".csv", ".tsv") else _read_lines(path, text)
-
-
-def _read_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """One JSON value a line; blank lines are allowed at the end only."""
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise UserError(f"{where}: empty line")
-        yield where, _json(where, line)
-
-
-def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """One JSON array of rows."""
-    return ((f"{path} row {number}", row) for number, row in enumerate(_json(str(path), text), 1))
+        return ((f"{path} row {number}", row) for number, row in enumerate(_json(str(path), text), 1))
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(text.rstrip().split("\n"), 1))
+    return ((where, _json(where, line)) for where, line in lines)
 
 
 def _json(where: str, text: str) -> Any:
+    if not text.strip():
+        raise UserError(f"{where}: empty line")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {one_line(error)}") from error
 
 
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """A header line, which tells the delimiter, then records; a record is named by the line it begins on."""
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    delimiter = "\t" if _suffix(path) == ".tsv" else max(",;\t", key=text.partition("\n")[0].count)
+def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]]:
+    """A header line, then records; a record is named by the line it begins on."""
+    csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -176,7 +161,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             return
         if not record:
             raise UserError(f"{where}: empty line")
-        if header is None:
+        if not header:
             header = record
             if len(set(header)) < len(header):
                 raise UserError(f"{where}: a column name is given twice in the header")
@@ -186,7 +171,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield where, dict(zip(header, record, strict=True))
 
 
-def _read_parquet(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, data: bytes) -> Iterable[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -198,7 +183,7 @@ def _read_parquet(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
+def _read_hub(source: str) -> Iterable[tuple[str, Any]]:
     """A split of a hub data set, its classes by their names."""
     name, config, split, *_ = [*source.split(":"), "", ""]
     try:
@@ -216,29 +201,29 @@ def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
         yield f"{source} row {number}", dict(row) | classes
 
 
-def _checked(where: str, fields: Any, task: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def _checked(where: str, found: Any, task: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Which kind of row this is, and the fields that the kind has, each checked."""
-    if not isinstance(fields, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{where}: not a JSON object; a row needs {ACCEPTED[task]}")
     for column in columns.values():
-        if column not in fields:
-            raise UserError(f"{where}: no column {column!r} (--columns); it has {', '.join(map(str, fields))}")
-    renamed = {name: fields[column] for name, column in columns.items()}
-    renamed |= {name: fields[name] for name in fields if name not in renamed and name not in columns.values()}
-    known = _in_our_names(where, {name: value for name, value in renamed.items() if value is not None})
-    found = [kind for kind, names in KINDS[task].items() if all(name in known for name in names)]
-    if len(found) != 1 and found != ["label", "pair"]:
-        names = ", ".join(map(str, fields)) or "nothing"
-        problem = "is ambiguous" if found else "cannot be used"
-        raise UserError(f"{where}: a row with {names} {problem}; it needs {ACCEPTED[task]}")
-    checked = {}
-    for name in KINDS[task][found[-1]]:
-        if name == "messages":
-            _check_messages(where, known[name])
-        elif name != "label":
-            _check_text(where, f'"{name}"', known[name])
-        checked[name] = _label(where, known[name]) if name == "label" else known[name]
-    return found[-1], checked
+        if column not in found:
+            raise UserError(f"{where}: no column {column!r} (--columns); it has {', '.join(map(str, found))}")
+    fields = {name: value for name, value in found.items() if name not in columns.values()}
+    fields |= {name: found[column] for name, column in columns.items()}
+    fields = _in_our_names(where, {name: value for name, value in fields.items() if value is not None})
+    kinds = [kind for kind, names in KINDS[task].items() if all(name in fields for name in names)]
+    if len(kinds) != 1 and kinds != ["label", "pair"]:
+        problem = f"{', '.join(map(str, found)) or 'nothing'} {'is ambiguous' if kinds else 'cannot be used'}"
+        raise UserError(f"{where}: a row with {problem}; it needs {ACCEPTED[task]}")
+    fields = {name: fields[name] for name in KINDS[task][kinds[-1]]}
+    for name, value in fields.items():
+        if name == "label":
+            fields[name] = _label(where, value)
+        elif name == "messages":
+            _check_messages(where, value)
+        else:
+            _check_text(where, f'"{name}"', value)
+    return kinds[-1], fields
 
 
 def _in_our_names(where: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -251,14 +236,8 @@ def _in_our_names(where: str, fields: dict[str, Any]) -> dict[str, Any]:
         prompt = ALPACA.format(further, fields["instruction"], f"### Input:\n{given}\n\n" if given else "")
         return {"prompt": prompt, "completion": fields["output"]}
     turns = fields.get("conversations")
-    if isinstance(turns, list) and "messages" not in fields:
-        fields = {name: value for name, value in fields.items() if name != "conversations"}
-        fields["messages"] = [
-            {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
-            if isinstance(turn, dict) and "from" in turn
-            else turn
-            for turn in turns
-        ]
+    if isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return {"messages": [{"role": SHAREGPT.get(str(t["from"])), "content": t.get("value")} for t in turns]}
     return fields
 
 
@@ -293,11 +272,3 @@ def _check_messages(where: str, messages: Any) -> None:
         _check_text(where, f"the content of message {number}", message.get("content"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no message has the role assistant, so there is nothing to learn")
-
-
-def _split_text(text: str, fraction: float) -> tuple[str, str]:
-    """Cut one text at the white space that follows its first (1 - fraction)."""
-    cut = int(len(text) * (1 - fraction))
-    while cut < len(text) and not text[cut].isspace():
-        cut += 1
-    return text[:cut], text[cut:]

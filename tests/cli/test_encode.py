@@ -146,6 +146,21 @@ def test_classes_are_ordered_and_an_unknown_one_is_named(tokenizer) -> None:
         label_names(rows("label", {"text": "a", "label": "x"}, {"text": "b", "label": "x"}))
 
 
+def test_two_texts_and_a_value(tokenizer) -> None:
+    pairs = [{"text": "ab", "text_pair": "cd", "label": "0.5"}, {"text": "a", "text_pair": "b", "label": "-2"}]
+    assert label_names(rows("pair", *pairs)) == []
+    one, other = encode(rows("pair", *pairs), tokenizer, 64, []).items
+    assert one["input_ids"] == tokenizer("ab", "cd")["input_ids"]
+    assert (one["labels"], other["labels"]) == (0.5, -2.0)
+    with pytest.raises(UserError, match=r"f\.jsonl:1: the label 'x' is no number, and the model's are"):
+        encode(rows("label", {"text": "a", "label": "x"}), tokenizer, 64, [])
+
+
+def test_names_beside_numbers_are_classes() -> None:
+    named = rows("label", *({"text": "a", "label": label} for label in ("0.5", "1", "nan")))
+    assert label_names(named) == ["0.5", "1", "nan"]
+
+
 def test_padding_has_no_loss_and_no_attention(tokenizer) -> None:
     items = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     batch = Collator(tokenizer)(items)

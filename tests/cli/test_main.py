@@ -63,6 +63,15 @@ WRONG = {
         {"--columns": "body=text"},
         "argument --columns: must be NAME=COLUMN with NAME one of",
     ),
+    "no-such-optimiser": ({"--optim": "adam_and_eve"}, "adam_and_eve is not a valid OptimizerNames"),
+    "no-such-tracker": ({"--report-to": "diary"}, "diary is not supported, only"),
+    "tracker-not-installed": ({"--report-to": "comet_ml"}, "requires comet-ml"),
+    "float16-on-a-cpu": ({"--dtype": "fp16"}, "--dtype float16 trains on accelerators only"),
+    "packed-classes": (
+        {"--data": "labels.csv", "--task": "seq_cls", "--packing": None},
+        "--packing is for rows of a language model",
+    ),
+    "no-such-dtype": ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
     "option-misspelt": ({"--step": "3"}, "unrecognized arguments: --step"),
 }
 
