@@ -12,7 +12,7 @@ from typing import Any
 import peft
 from safetensors.torch import load_file
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, refusing
 from loretta.cli.models import Base, explaining, load_base, load_tokenizer, make_base
 from loretta.cli.output import RECORD, OutputFolder
 from loretta.cli.parser import DTYPES, QUANTS, TASKS
@@ -53,10 +53,8 @@ def new_folder(adapter: str, path: str) -> Iterator[OutputFolder]:
     if Path(adapter).expanduser().resolve() == Path(path).expanduser().resolve():
         raise UserError(f"{path}: is the adapter itself; choose another folder")
     with OutputFolder(path) as output:
-        try:
+        with refusing(adapter, OSError, TypeError, ValueError):
             yield output
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{adapter}: {one_line(error)}") from error
         output.publish()
 
 
@@ -115,12 +113,8 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file, or an error that names the file."""
-    try:
+    with refusing(f"{file}: cannot be read as JSON", OSError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must be a JSON object, not {type(content).__name__}")
     return content

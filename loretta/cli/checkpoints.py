@@ -47,11 +47,8 @@ def _lack(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "its writing was cut short"
     sizes = _sizes(checkpoint)
-    missing = [name for name in sealed if name not in sizes]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    cut = [name for name in sealed if sealed[name] != sizes[name]]
-    return f"{', '.join(cut)} of another size than written" if cut else None
+    wrong = [name for name in sealed if sealed[name] != sizes.get(name)]
+    return ", ".join(f"{name} {'of another size' if name in sizes else 'missing'}" for name in wrong) or None
 
 
 def _sizes(folder: Path) -> dict[str, int]:

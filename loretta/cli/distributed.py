@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, refusing
 
 
 def engine() -> str:
@@ -49,10 +49,8 @@ def connect() -> None:
         raise UserError(
             f"{wanted} was asked for together with use_cpu, where accelerate shards nothing; drop one of them"
         )
-    try:
+    with refusing(f"{wanted} was asked for", ImportError):
         state = PartialState(cpu=on_cpu())
-    except ImportError as error:
-        raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:  # its own, which writes to stdout, where the result goes
             handler.stream = sys.stderr  # setStream() would flush what an earlier run in this process has closed

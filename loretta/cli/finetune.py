@@ -16,7 +16,7 @@ from transformers import DataCollatorWithFlattening, set_seed
 from loretta.cli import distributed
 from loretta.cli.checkpoints import fingerprint, start_or_resume
 from loretta.cli.encode import Collator, encode, label_names
-from loretta.cli.errors import UserError
+from loretta.cli.errors import UserError, need
 from loretta.cli.method import check_method_options, method_config
 from loretta.cli.metrics import evaluate, main_metric
 from loretta.cli.models import (
@@ -32,7 +32,7 @@ from loretta.cli.models import (
     wrapped,
 )
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
-from loretta.cli.plot import need_matplotlib, plot_losses
+from loretta.cli.plot import plot_losses
 from loretta.cli.report import is_main, say, show, shown_bytes, shown_scores
 from loretta.cli.rows import Rows, read_rows
 from loretta.cli.training import train, training_arguments
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _checked(args: argparse.Namespace) -> Job:
     if args.plot:
-        need_matplotlib()
+        need("matplotlib", "--plot", "plot")  # said before the training, not after it
     if args.packing and args.task != "causal_lm":
         raise UserError(f"--packing is for rows of a language model, not for --task {args.task}")
     check_method_options(args, [args.method])

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from loretta import get_peft_model
 from loretta.cli.distributed import accelerator, engine
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, need, refusing
 from loretta.quantised import keep_unpacked
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
@@ -71,28 +70,25 @@ def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant:
         raise UserError(f"{model}: no such model folder")
     if gguf is not None and quant is not None:
         raise UserError(f"--load-in-{quant} does not go with a GGUF model, which is dequantised when it is loaded")
-    for wanted, package, what, extra in (
-        (gguf, "gguf", "a GGUF model", "gguf"),
-        (quant, "bitsandbytes", f"--load-in-{quant}", "quant"),
-    ):
-        if wanted is not None and find_spec(package) is None:
-            raise UserError(f"{what} needs the package {package}: pip install 'loretta-tt[{extra}]'")
+    if gguf is not None:
+        need("gguf", "a GGUF model", "gguf")
+    if quant is not None:
+        need("bitsandbytes", f"--load-in-{quant}", "quant")
     return Base(model, gguf, task, dtype or ("float32" if device().type == "cpu" else "bfloat16"), quant)
 
 
 @contextmanager
 def explaining(name: str, what: str) -> Iterator[None]:
     """Turn what from_pretrained raises into one line that names what could not be loaded."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        if isinstance(error, OSError) and not Path(name).is_dir():
+    with refusing(f"{name}: the {what} cannot be loaded", Exception):  # a damaged file may raise anything
+        try:
+            yield
+        except OSError as error:
+            if Path(name).is_dir():
+                raise
             raise UserError(
                 f"{name}: no such folder, and no such {what} on the hub (or the hub cannot be reached)"
             ) from error
-        raise UserError(f"{name}: the {what} cannot be loaded: {one_line(error)[:300]}") from error
 
 
 def load_config(base: Base) -> Any:
@@ -172,11 +168,8 @@ def skeleton(config: Any, task: str, name: str, **options: Any) -> Any:
     Raises:
         UserError: where there is no such model for the task.
     """
-    with torch.device("meta"):
-        try:
-            return AUTO_MODELS[task].from_config(config, **options)
-        except ValueError as error:
-            raise UserError(f"{name}: no {task} model of this kind: {one_line(error)[:200]}") from error
+    with torch.device("meta"), refusing(f"{name}: no {task} model of this kind", ValueError):
+        return AUTO_MODELS[task].from_config(config, **options)
 
 
 def wrapped(model: Any, config: Any, **options: Any) -> Any:
@@ -185,11 +178,9 @@ def wrapped(model: Any, config: Any, **options: Any) -> Any:
     Raises:
         UserError: where the model has no such targets, or they cannot be adapted.
     """
-    try:
+    with refusing("the method does not fit this model", TypeError, ValueError):
         # DeepSpeed takes one dtype for all that is trained, the base's, and keeps a float32 copy itself
         return get_peft_model(model, config, **{"autocast_adapter_dtype": engine() != "deepspeed"} | options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the method does not fit this model: {one_line(error)}") from error
 
 
 @contextmanager
@@ -217,9 +208,7 @@ def check_packing(model: Any) -> None:
     """
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 3, 4]], device=model.device)
-    try:
+    with refusing("--packing does not go with this model", TypeError):
         one, other = (model.eval()(input_ids=row[None], position_ids=positions).logits[0, 2:] for row in ids)
-    except TypeError as error:
-        raise UserError(f"--packing does not go with this model: {one_line(error)}") from error
     if not torch.allclose(one, other):
         raise UserError("--packing does not go with this model: it lets a row see those before it")

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, refusing
 from loretta.cli.method import check_method_options, method_config
 from loretta.cli.models import load_config, make_base, skeleton, wrapped
 from loretta.cli.parser import PRESETS
@@ -43,11 +43,10 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, str]:
     task = args.task or "causal_lm"
     path = Path(args.model).expanduser()
     if path.suffix == ".json" and path.is_file():
-        try:
+        problem = f"{args.model}: is no model configuration"
+        with refusing(problem, ValueError, KeyError, TypeError, AttributeError):
             values = json.loads(path.read_text(encoding="utf-8"))
             return AutoConfig.for_model(values.pop("model_type"), **values), task
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{args.model}: is no model configuration: {one_line(error)[:200]}") from error
     try:
         return load_config(make_base(args.model, args.gguf, task, None)), task
     except UserError as error:
@@ -112,10 +111,8 @@ def _row(args: argparse.Namespace, config: Any, task: str, method: Any) -> dict[
 
     @cache
     def at(rows: int) -> Memory:
-        try:
+        with refusing(args.model, ValueError):
             return memory(steps.model, steps.count(Batch(rows, args.seq, task)), devices)
-        except ValueError as error:
-            raise UserError(f"{args.model}: {one_line(error)}") from error
 
     row = asdict(at(args.batch))
     if args.memory:

@@ -3,17 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError
-
 SMOOTHING = 0.9
-
-
-def need_matplotlib() -> None:
-    """Say before the training, not after it, that no curve can be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("--plot needs the package matplotlib: pip install 'loretta-tt[plot]'") from error
 
 
 def plot_losses(file: Path, history: list[dict[str, Any]], ends: dict[int, float], title: str, unit: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, need, refusing
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KINDS = {  # by task: the kinds of rows and the fields of each
@@ -112,13 +112,11 @@ def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}, and .gz")
-    try:
+    with refusing(f"{path}: cannot be read", OSError):
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.name.lower().endswith(".gz") else data
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not valid gzip: {one_line(error)}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.name.lower().endswith(".gz"):
+        with refusing(f"{path}: not valid gzip", OSError, EOFError, zlib.error):
+            data = gzip.decompress(data)
     if suffix == ".parquet":
         return _read_parquet(path, data)
     try:
@@ -140,10 +138,8 @@ def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
 def _json(where: str, text: str) -> Any:
     if not text.strip():
         raise UserError(f"{where}: empty line")
-    try:
+    with refusing(f"{where}: not valid JSON", ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {one_line(error)}") from error
 
 
 def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]]:
@@ -153,10 +149,8 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]
     header: list[str] = []
     while True:
         where = f"{path}:{reader.line_num + 1}"
-        try:
+        with refusing(f"{where}: not valid CSV", csv.Error):
             record = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{where}: not valid CSV: {error}") from error
         if record is None:
             return
         if not record:
@@ -172,29 +166,22 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]
 
 
 def _read_parquet(path: Path, data: bytes) -> Iterable[tuple[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise UserError(f"{path}: needs the package datasets: pip install 'loretta-tt[data]'") from error
-    try:
+    need("pyarrow", f"{path}:", "data")
+    from pyarrow import ArrowException, parquet
+
+    with refusing(f"{path}: not valid Parquet", OSError, ArrowException):
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise UserError(f"{path}: not valid Parquet: {one_line(error)}") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _read_hub(source: str) -> Iterable[tuple[str, Any]]:
     """A split of a hub data set, its classes by their names."""
     name, config, split, *_ = [*source.split(":"), "", ""]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        hint = "to read it as a hub data set, install the package datasets: pip install 'loretta-tt[data]'"
-        raise UserError(f"{source}: no such file; {hint}") from error
-    try:
+    need("datasets", f"{source}: no such file; a hub data set", "data")
+    from datasets import load_dataset
+
+    with refusing(f"{source}: no such file, and no such hub data set", Exception):  # the hub client raises many kinds
         rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds; all mean that this id cannot be had
-        raise UserError(f"{source}: no such file, and no such hub data set: {one_line(error)}") from error
     names = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "names")}
     for number, row in enumerate(rows, 1):
         classes = {column: names[column][row[column]] for column in names if row[column] is not None}

@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from loretta.cli.checkpoints import seal
 from loretta.cli.distributed import engine, on_cpu
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, refusing
 from loretta.cli.output import OutputFolder
 from loretta.cli.report import is_main
 
@@ -32,7 +32,7 @@ def training_arguments(args: argparse.Namespace, output: OutputFolder, dtype: st
     """
     if dtype == "float16" and on_cpu():
         raise UserError("--dtype float16 trains on accelerators only; on a CPU take float32 or bfloat16")
-    try:
+    with refusing("transformers refuses an option", ImportError, RuntimeError, ValueError):
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # says which package is missing
         return TrainingArguments(
@@ -65,8 +65,6 @@ def training_arguments(args: argparse.Namespace, output: OutputFolder, dtype: st
             bf16=dtype == "bfloat16" and engine() != "none",
             fp16=dtype == "float16",
         )
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(one_line(error)) from error
 
 
 def train(
@@ -98,10 +96,8 @@ def train(
         callbacks=[watch],
     )
     trainer.measure = measure
-    try:
+    with refusing(f"--optim {arguments.optim}", ImportError, ValueError):
         trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--optim {arguments.optim}: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
