@@ -166,26 +166,33 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]
 
 
 def _read_parquet(path: Path, data: bytes) -> Iterable[tuple[str, Any]]:
-    need("pyarrow", f"{path}:", "data")
+    need("datasets", f"{path}:", "data")
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
     from pyarrow import ArrowException, parquet
 
-    with refusing(f"{path}: not valid Parquet", OSError, ArrowException):
-        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
-    return ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+    with refusing(f"{path}: not valid Parquet", OSError, ArrowException, ValueError):
+        rows = Dataset(InMemoryTable(parquet.read_table(io.BytesIO(data))))
+    return _with_names(str(path), rows)
 
 
 def _read_hub(source: str) -> Iterable[tuple[str, Any]]:
-    """A split of a hub data set, its classes by their names."""
     name, config, split, *_ = [*source.split(":"), "", ""]
     need("datasets", f"{source}: no such file; a hub data set", "data")
     from datasets import load_dataset
 
     with refusing(f"{source}: no such file, and no such hub data set", Exception):  # the hub client raises many kinds
         rows = load_dataset(name, config or None, split=split or "train")
+    return _with_names(source, rows)
+
+
+def _with_names(source: str, rows: Any) -> Iterable[tuple[str, Any]]:
+    """The rows of a data set, its classes by their names; -1 stands for no class."""
     names = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "names")}
     for number, row in enumerate(rows, 1):
-        classes = {column: names[column][row[column]] for column in names if row[column] is not None}
-        yield f"{source} row {number}", dict(row) | classes
+        for column in names:
+            row[column] = None if row[column] in (None, -1) else names[column][row[column]]
+        yield f"{source} row {number}", row
 
 
 def _checked(where: str, found: Any, task: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

@@ -261,11 +261,22 @@ def test_reads_a_hub_data_set_where_the_package_is_there(monkeypatch) -> None:
     assert asked == [("someone/set", None, "train"), ("someone/set", "b", "test")]
 
 
-def test_a_class_of_a_hub_data_set_has_its_name(monkeypatch) -> None:
+@pytest.mark.parametrize("parquet", [False, True], ids=["hub", "parquet"])
+def test_a_class_of_a_data_set_has_its_name_and_one_that_is_unknown_none(tmp_path, monkeypatch, parquet) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    rows = Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}], features=features)
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
-    assert [row.fields["label"] for row in read_rows(["someone/set"], "seq_cls").rows] == ["yes", "no"]
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+
+    def read() -> list[str]:
+        found = Dataset.from_list(rows, features=features)
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: found)
+        found.to_parquet(tmp_path / "a.parquet")
+        source = str(tmp_path / "a.parquet") if parquet else "someone/set"
+        return [row.fields["label"] for row in read_rows([source], "seq_cls").rows]
+
+    assert read() == ["yes", "no"]
+    rows.append({"text": "c", "label": -1})
+    with pytest.raises(UserError, match="row 3: a row with text, label cannot be used"):
+        read()
 
 
 def test_reads_parquet(tmp_path) -> None:
@@ -277,7 +288,7 @@ def test_reads_parquet(tmp_path) -> None:
 
 
 def test_parquet_without_the_package_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"a.parquet: needs the package datasets: pip install 'loretta-tt\[data\]'"):
         read_rows([write(tmp_path, "a.parquet", "")], "causal_lm")
 
