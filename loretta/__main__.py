@@ -1,30 +1,18 @@
 """The entry point of the console script `loretta` and of `python -m loretta`."""
 
+import logging
 import sys
+import warnings
+from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
-from loretta.cli import check, compress, convert, eval, export, finetune, merge, options, params, plan
 from loretta.cli.errors import UserError
+from loretta.cli.parser import make_parser
 from loretta.cli.report import say
 
-COMMANDS = (finetune, eval, params, plan, export, merge, convert, compress, check)
-DESCRIPTION = "Fine-tune language models with LoRETTA's tensor-train adapters (LoRETTA_adp, LoRETTA_rep)."
-EPILOG = """\
-start with:
-  loretta finetune --model HuggingFaceTB/SmolLM2-135M --data book.txt --method adp --steps 200 --output runs/book
-  loretta eval --adapter runs/book --data other.txt
-
-Each command has its own help: loretta finetune --help
-"""
-
-
-def make_parser() -> options.Parser:
-    """The parser of all commands."""
-    parser = options.Parser(prog="loretta", description=DESCRIPTION, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=options.Parser)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return parser
+LIBRARIES = ("bitsandbytes", "huggingface_hub", "torchao", "transformers")  # they log warnings while they are used
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
     except SystemExit as stop:  # argparse's way to end after --help or an error
         return int(stop.code or 0)
-    options.prepare(args)
     try:
-        args.run(args)
+        _load(args).run(args)
     except UserError as error:
         say(f"loretta {args.command}: error: {error}")
         return 2
@@ -43,6 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nloretta {args.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _load(args: Namespace) -> Any:
+    """The command's module, with --threads set. No other library prints while it is imported or used."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            command = import_module(f"loretta.cli.{args.command}")
+    finally:
+        logging.disable(logging.NOTSET)
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a GGUF base
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.disable_progress_bar()
+    if getattr(args, "threads", None):
+        import_module("torch").set_num_threads(args.threads)
+    return command
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import loretta
-from loretta.__main__ import make_parser
+from loretta.cli.parser import make_parser
 from loretta.targets import FAMILIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -12,23 +12,20 @@ from typing import Any
 import peft
 from safetensors.torch import load_file
 
-from loretta.cli import options
-from loretta.cli.errors import UserError, one_line
-from loretta.cli.models import DTYPES, Base, Explaining, load_base, load_tokenizer, make_base
+from loretta.cli.errors import UserError, refusing
+from loretta.cli.models import Base, explaining, load_base, load_tokenizer, make_base
 from loretta.cli.output import RECORD, OutputFolder
+from loretta.cli.parser import DTYPES, QUANTS, TASKS
 from loretta.cli.report import say
 
 # What is read back from a record: name -> test, what is accepted.
 RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),
-    "task": (lambda value: value in options.TASKS, f"one of {', '.join(options.TASKS)}"),
-    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "quant": (
-        lambda value: value is None or value in tuple(options.QUANTS),
-        f"null or one of {', '.join(options.QUANTS)}",
-    ),
+    "task": (lambda value: value in TASKS, f"one of {', '.join(TASKS)}"),
+    "dtype": (lambda value: value in DTYPES.values(), f"one of {', '.join(DTYPES.values())}"),
+    "quant": (lambda value: value is None or value in list(QUANTS), f"null or one of {', '.join(QUANTS)}"),
     "labels": (
-        lambda value: value is None or (isinstance(value, list) and all(isinstance(label, str) for label in value)),
+        lambda value: value is None or (isinstance(value, list) and all(type(label) is str for label in value)),
         "a list of strings or null",
     ),
     "seq_len": (lambda value: type(value) is int and value >= 2, "a whole number of at least 2"),
@@ -46,12 +43,19 @@ class Conversion:
     output: OutputFolder
 
 
-def add_conversion_options(parser: argparse.ArgumentParser, output_help: str) -> None:
-    """--adapter, --output and the base's options, for commands that turn an adapter into something else."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder of the adapter")
-    parser.add_argument("--output", required=True, metavar="DIR", help=output_help)
-    options.add_model_options(parser, dtypes=DTYPES, required=False)
-    options.add_run_options(parser)
+@contextmanager
+def new_folder(adapter: str, path: str) -> Iterator[OutputFolder]:
+    """The folder of what is made out of an adapter: put into `new`, it is swapped in at the end.
+
+    Raises:
+        UserError: where it is the adapter's own folder, and for what a conversion refuses.
+    """
+    if Path(adapter).expanduser().resolve() == Path(path).expanduser().resolve():
+        raise UserError(f"{path}: is the adapter itself; choose another folder")
+    with OutputFolder(path) as output:
+        with refusing(adapter, OSError, TypeError, ValueError, UserWarning):
+            yield output
+        output.publish()
 
 
 @contextmanager
@@ -69,17 +73,11 @@ def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
     config = _read_object(folder / "adapter_config.json")
     if config.get("peft_type") == "LORETTA_ADP" and config.get("non_linearity") not in ("identity", "linear"):
         raise UserError(f"{args.adapter}: an adp adapter cannot be {undoable}: it has a nonlinearity inside")
-    if folder.resolve() == Path(args.output).expanduser().resolve():
-        raise UserError(f"{args.output}: is the adapter itself; choose another --output")
-    with OutputFolder(args.output) as output:
+    with new_folder(args.adapter, args.output) as output:
         tokenizer = load_tokenizer(base)
         say(f"loading {base.model}")
         model = load_adapter(load_base(base, tokenizer), args.adapter)
-        try:
-            yield Conversion(model, tokenizer, read_record(folder), output)
-        except (TypeError, ValueError, UserWarning) as error:
-            raise UserError(f"{args.adapter}: cannot be {undoable}: {one_line(error)}") from error
-        output.publish()
+        yield Conversion(model, tokenizer, read_record(folder), output)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -89,9 +87,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         UserError: the file is there and damaged.
     """
     file = folder / RECORD
-    if not file.is_file():
-        return {}
-    record = _read_object(file)
+    record = _read_object(file) if file.is_file() else {}
     for name, (is_right, wanted) in RECORDED.items():
         if name in record and not is_right(record[name]):
             raise UserError(f"{file}: {name} must be {wanted}, not {record[name]!r}"[:300])
@@ -111,20 +107,15 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     if not isinstance(name, str):
         raise UserError(f"{adapter}: base_model_name_or_path must be a string, not {name!r}; or give --model")
     task = "seq_cls" if config.get("task_type") == "SEQ_CLS" else "causal_lm"
-    gguf = args.gguf or (None if args.model else record.get("gguf"))
-    quant = args.quant or (None if args.model else record.get("quant"))
-    base = make_base(name, gguf, task, args.dtype or record.get("dtype"), quant)
-    return base.with_labels(record["labels"]) if record.get("labels") else base
+    own = {} if args.model else record
+    gguf, dtype, quant = args.gguf or own.get("gguf"), args.dtype or record.get("dtype"), args.quant or own.get("quant")
+    return replace(make_base(name, gguf, task, dtype, quant), labels=record.get("labels"))
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file, or an error that names the file."""
-    try:
+    with refusing(f"{file}: cannot be read as JSON", OSError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must be a JSON object, not {type(content).__name__}")
     return content
@@ -134,22 +125,16 @@ def load_adapter(model: Any, adapter: str) -> Any:
     """Put a saved adapter, LoRETTA or plain LoRA, on its base.
 
     Raises:
-        UserError: where it cannot be read, does not fit, lacks a tensor, or holds one that is not finite.
+        UserError: where it cannot be read, does not fit, lacks a tensor, or holds one that is not finite: PEFT would
+            copy integers, infinities or nothing at all into the model without a word.
     """
     folder = Path(adapter).expanduser().resolve()
-    with Explaining(adapter, "adapter"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        _check_weights(folder)
-        return peft.PeftModel.from_pretrained(model, str(folder))
-
-
-def _check_weights(folder: Path) -> None:
-    """What PEFT would copy into the model without a word: integers, infinities, nothing at all."""
     file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        return
-    for name, tensor in load_file(file).items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} has dtype {tensor.dtype}, expected a floating-point one")
-        if not tensor.isfinite().all():
-            raise UserError(f"{file}: {name} has values that are not finite")
+    with explaining(adapter, "adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        for name, tensor in load_file(file).items() if file.exists() else ():
+            if not tensor.is_floating_point():
+                raise UserError(f"{file}: {name} has dtype {tensor.dtype}, expected a floating-point one")
+            if not tensor.isfinite().all():
+                raise UserError(f"{file}: {name} has values that are not finite")
+        return peft.PeftModel.from_pretrained(model, str(folder))

@@ -5,7 +5,6 @@ import json
 import platform
 import sys
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -29,30 +28,6 @@ CASES = (
     linear_case(768, 5),
 )
 TIMED = ("adp 4096x64x5", "rep 4096→4096 8 5")
-EPILOG = """\
-Every output and gradient is compared with its definition in fp64: of whole numbers it must be equal, of others its
-error may be five standard deviations of what the backend's roundings cost. Exit code 1 when one is above. On a GPU,
-forward and backward are timed against a copy of the same bytes.
-
-examples:
-  loretta check
-  loretta check --cpu --all
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "check",
-        help="check the kernels on this machine",
-        description="Check every operator on the GPU, or on the CPU where there is none.",
-        usage="loretta check [option ...]",
-        epilog=EPILOG,
-    )
-    parser.add_argument("--cpu", action="store_true", help="check the CPU, also where there is a GPU")
-    parser.add_argument("--all", action="store_true", help="print every output and gradient, not the worst of each")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

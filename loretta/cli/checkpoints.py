@@ -47,11 +47,8 @@ def _lack(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "its writing was cut short"
     sizes = _sizes(checkpoint)
-    missing = [name for name in sealed if name not in sizes]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    cut = [name for name in sealed if sealed[name] != sizes[name]]
-    return f"{', '.join(cut)} of another size than written" if cut else None
+    wrong = [name for name in sealed if sealed[name] != sizes.get(name)]
+    return ", ".join(f"{name} {'of another size' if name in sizes else 'missing'}" for name in wrong) or None
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -74,6 +71,7 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
                 f"{output.part}: holds an unfinished run ({checkpoint.name}); continue it with --resume, "
                 "or delete that folder to start over"
             )
+        shutil.rmtree(output.logs, ignore_errors=True)
         return None, {"settings": settings}
     if checkpoint is None and not output.run_file.exists():
         finished = "the run there is finished" if output.path.exists() else "no complete checkpoint there"
@@ -93,5 +91,5 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
 
 def fingerprint(path: str) -> str:
     """A file's content as a short hash, so that a changed file is noticed; a hub id stands for itself."""
-    file = Path(path)
+    file = Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else path

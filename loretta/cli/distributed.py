@@ -1,20 +1,19 @@
-"""One run in several processes: joining them, agreeing on errors, summing, and gathering what is sharded."""
+"""One run in several processes: joining them, agreeing on errors, and gathering what is sharded."""
 
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, refusing
 
 
 def engine() -> str:
@@ -26,14 +25,17 @@ def _asked(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what.upper()}", "false").lower() in ("1", "true")
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator of this machine, or None.
+
+    PyTorch built for CUDA names "cuda" as current_accelerator() without a GPU, too, and 2.6 raises there.
+    """
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def on_cpu() -> bool:
     """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
-    return _asked("cpu") or (torch.accelerator.current_accelerator() is None and engine() == "none")
-
-
-def is_main() -> bool:
-    """Whether this is the process that speaks and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return _asked("cpu") or (accelerator() is None and engine() == "none")
 
 
 def connect() -> None:
@@ -47,10 +49,8 @@ def connect() -> None:
         raise UserError(
             f"{wanted} was asked for together with use_cpu, where accelerate shards nothing; drop one of them"
         )
-    try:
+    with refusing(f"{wanted} was asked for", ImportError):
         state = PartialState(cpu=on_cpu())
-    except ImportError as error:
-        raise UserError(f"{wanted} was asked for: {one_line(error)}") from error
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:  # its own, which writes to stdout, where the result goes
             handler.stream = sys.stderr  # setStream() would flush what an earlier run in this process has closed
@@ -65,42 +65,9 @@ def connect() -> None:
 
 def disconnect() -> None:
     """Leave the process group once every process is done."""
-    if dist.is_initialized():
-        wait()
-        dist.destroy_process_group()
-
-
-def wait() -> None:
-    """Until every process is here."""
     PartialState().wait_for_everyone()
-
-
-def processes() -> int:
-    """How many processes take part."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share(items: Any) -> Any:
-    """This process's share of a sequence: every n-th item."""
-    return items[dist.get_rank() :: processes()] if dist.is_initialized() else items
-
-
-def summed(values: list[float], device: torch.device) -> list[float]:
-    """Each value's sum over the processes."""
-    if processes() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def of_main(value: Any) -> Any:
-    """What process 0 has, in every process."""
-    if processes() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -111,18 +78,12 @@ def agreed() -> Iterator[None]:
         yield
     except UserError as raised:
         error = raised
-    if processes() == 1:
-        if error is not None:
-            raise error
-        return
-    errors: list[str | None] = [None] * processes()
-    dist.all_gather_object(errors, str(error) if error else None)
-    first = next((text for text in errors if text is not None), None)
+    first = next((text for text in gather_object([error and str(error)]) if text is not None), None)
     if first is not None:
         raise UserError(first) from error
 
 
-def count(parameter: torch.nn.Parameter) -> int:
+def numel(parameter: torch.nn.Parameter) -> int:
     """The number of elements, also of a parameter that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
@@ -142,12 +103,10 @@ def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         with deepspeed.zero.GatheredParameters(list(trained.values())):
             whole = {name: value.detach().cpu().clone() for name, value in trained.items()}
     elif any(isinstance(value, DTensor) for value in trained.values()):
-        whole = {name: _whole(value.detach()) for name, value in trained.items()}
+        whole = {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+            for name, value in trained.items()
+        }
     else:
         return None
     return whole | {name: value.cpu() for name, value in model.named_buffers()}
-
-
-def _whole(shard: torch.Tensor) -> torch.Tensor:
-    """A tensor of FSDP2 from all processes, on the CPU."""
-    return (shard.full_tensor() if isinstance(shard, DTensor) else shard).cpu()

@@ -1,158 +1,66 @@
 """`loretta finetune`: train an adapter on a file, with evaluation before and after."""
 
 import argparse
+import json
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import DataCollatorWithFlattening, set_seed
 
-from loretta.cli import distributed, options
+from loretta.cli import distributed
 from loretta.cli.checkpoints import fingerprint, start_or_resume
 from loretta.cli.encode import Collator, encode, label_names
-from loretta.cli.errors import UserError
-from loretta.cli.method import add_method_options, method_config, method_settings
-from loretta.cli.metrics import METRICS, evaluate
-from loretta.cli.models import Base, load_base, load_config, load_tokenizer, make_base, usable_seq_len
+from loretta.cli.errors import UserError, need
+from loretta.cli.method import check_method_options, method_config
+from loretta.cli.metrics import evaluate, main_metric
+from loretta.cli.models import (
+    Base,
+    base_only,
+    check_packing,
+    load_base,
+    load_config,
+    load_tokenizer,
+    make_base,
+    skeleton,
+    usable_seq_len,
+    wrapped,
+)
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
-from loretta.cli.plot import need_matplotlib, plot_losses
-from loretta.cli.report import say, show, shown_bytes, shown_metric
+from loretta.cli.plot import plot_losses
+from loretta.cli.report import is_main, say, show, shown_bytes, shown_scores
 from loretta.cli.rows import Rows, read_rows
-from loretta.cli.training import Outcome, Schedule, train, training_arguments
-from loretta.cli.wrapping import base_only, skeleton, wrapped
+from loretta.cli.training import train, training_arguments
 
-EPILOG = f"""\
-{options.DATA_FORMATS}
-examples:
-  loretta finetune --model HuggingFaceTB/SmolLM2-135M --data book.txt --method adp --steps 200 --output runs/book
-  loretta finetune --model ./llama --data chats.jsonl --method rep --r 16 --rank 8 --epochs 3 --output runs/chat --plot
-  loretta finetune --model roberta-base --task seq_cls --data reviews.csv --method adp --output runs/reviews
-  loretta finetune --model ./smollm2 --gguf SmolLM2-135M.Q4_1.gguf --data book.txt --method adp --output runs/book
-
-The adapter is swapped in when it is complete; until then the work is in OUTPUT.part, where --resume finds it.
-The result goes to stdout, progress to stderr. Exit code 2: something given cannot be used, and one line says what.
-"""
+# Options that may differ between a run and the one that goes on with it.
+FREE = {"command", "output", "save_steps", "resume", "plot", "eval_steps", "report_to", "threads", "json"}
 
 
 @dataclass(frozen=True)
 class Job:
     """A run with everything that is checked before anything is loaded."""
 
+    args: argparse.Namespace
     base: Base
     config: Any
-    schedule: Schedule
     rows: Rows
     held_rows: Rows
-    args: argparse.Namespace
 
     def settings(self) -> dict[str, Any]:
-        """What --resume must find unchanged."""
-        args, schedule = self.args, asdict(self.schedule)
-        del schedule["save_steps"]
-        held_out = (
-            {"eval_data": fingerprint(args.eval_data)} if args.eval_data else {"eval_fraction": args.eval_fraction}
-        )
-        model = {"model": self.base.model, "gguf": self.base.gguf, "task": self.base.task, "dtype": self.base.dtype}
-        model["quant"] = self.base.quant
-        data = {"data": fingerprint(args.data), "eval_limit": args.eval_limit, "seq_len": args.seq_len}
-        run = {"processes": distributed.processes(), "engine": distributed.engine()}
-        return (
-            model
-            | data
-            | held_out
-            | schedule
-            | run
-            | {"method": args.method}
-            | method_settings(self.config, args.method)
-        )
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "finetune",
-        help="train an adapter on a text, JSONL or CSV file",
-        description="Fine-tune a causal language model or a classifier with a LoRETTA adapter.",
-        usage="loretta finetune --model MODEL --data FILE --method {adp,rep} --output DIR [option ...]",
-        epilog=EPILOG,
-    )
-    options.add_model_options(parser, dtypes=("float32", "bfloat16"), required=True)
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, metavar="FILE_OR_ID", help=".txt, .jsonl, .csv or a hub data set; see below"
-    )
-    data.add_argument("--task", choices=options.TASKS, default="causal_lm", help="default: causal_lm")
-    data.add_argument("--seq-len", type=options.at_least_two, metavar="N", help="tokens a block or row (default 256)")
-    held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument(
-        "--eval-data", metavar="FILE_OR_ID", help="held-out data, same kind (default: part of --data)"
-    )
-    held_out.add_argument(
-        "--eval-fraction",
-        type=options.fraction,
-        default=0.05,
-        metavar="X",
-        help="part of --data to hold out (default 0.05)",
-    )
-    data.add_argument(
-        "--eval-limit", type=options.positive_int, metavar="N", help="evaluate on the first N blocks or rows only"
-    )
-    add_method_options(parser)
-    training = parser.add_argument_group("training")
-    length = training.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=options.positive_int, metavar="N", help="optimiser steps (default: by --epochs)"
-    )
-    length.add_argument(
-        "--epochs", type=options.positive, default=1.0, metavar="X", help="passes over the data (default 1)"
-    )
-    training.add_argument(
-        "--lr", type=options.positive, default=1e-2, metavar="X",
-        help="learning rate (default 0.01: tensor-train products need far more than LoRA)",
-    )  # fmt: skip
-    training.add_argument(
-        "--batch-size",
-        type=options.positive_int,
-        default=8,
-        metavar="N",
-        help="in each process (default 8)",
-    )
-    training.add_argument(
-        "--grad-accum", type=options.positive_int, default=1, metavar="N", help="batches a step (default 1)"
-    )
-    training.add_argument("--weight-decay", type=options.not_negative, default=0.0, metavar="X", help="default 0")
-    training.add_argument(
-        "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="default: linear"
-    )
-    training.add_argument(
-        "--warmup",
-        type=options.share,
-        default=0.1,
-        metavar="X",
-        help="part of the steps that raise the rate (default 0.1)",
-    )
-    training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    training.add_argument("--seed", type=options.seed, default=0, metavar="N", help="default 0")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the adapter; a former run's is replaced"
-    )
-    output.add_argument(
-        "--save-steps",
-        type=options.natural,
-        default=100,
-        metavar="N",
-        help="steps between checkpoints, 0: none (default 100)",
-    )
-    output.add_argument(
-        "--resume", action="store_true", help="go on from the newest complete checkpoint of the same run"
-    )
-    output.add_argument("--plot", action="store_true", help="draw the loss curve into OUTPUT/loss.png")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+        """What --resume must find unchanged, as JSON keeps it."""
+        args, base, config = self.args, self.base, self.config.to_dict()
+        given = {name: value for name, value in vars(args).items() if name not in FREE and "method_" not in name}
+        given |= {name: config[name] for name in config if name not in ("task_type", "peft_type", "peft_version")}
+        given |= asdict(base) | {"columns": dict(args.columns)}
+        given |= {"processes": PartialState().num_processes, "engine": distributed.engine()}
+        for name in ("data", "eval_data"):
+            given[name] = [fingerprint(source) for source in given[name] or []]
+        return json.loads(json.dumps(given, default=sorted))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -163,16 +71,15 @@ def run(args: argparse.Namespace) -> None:
     distributed.connect()
     with ExitStack() as stack:
         with distributed.agreed():
-            job = _checked(args)
             output = OutputFolder(args.output)
-            checkpoint: Path | None = None
-            record: dict[str, Any] = {}
-            if distributed.is_main():
+            job = _checked(args)
+            found: list[Any] = [None, {}]
+            if is_main():
                 stack.enter_context(output)
-                checkpoint, record = start_or_resume(output, job.settings(), args.resume)
-        checkpoint, record = distributed.of_main((checkpoint, record))
+                found = list(start_or_resume(output, job.settings(), args.resume))
+        checkpoint, record = broadcast_object_list(found)
         result = _train(job, output, checkpoint, record)
-        if distributed.is_main():
+        if is_main():
             output.publish()
             _show(result, args.json)
     distributed.disconnect()
@@ -180,38 +87,38 @@ def run(args: argparse.Namespace) -> None:
 
 def _checked(args: argparse.Namespace) -> Job:
     if args.plot:
-        need_matplotlib()
-    config = method_config(args, args.task)
+        need("matplotlib", "--plot", "plot")  # said before the training, not after it
+    if args.packing and args.task != "causal_lm":
+        raise UserError(f"--packing is for rows of a language model, not for --task {args.task}")
+    check_method_options(args, [args.method])
+    config = method_config(args, args.method, args.task)
     base = make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
-    rows = read_rows(args.data, args.task)
+    rows = read_rows(args.data, args.task, dict(args.columns))
+    if args.task == "seq_cls":
+        base = replace(base, labels=label_names(rows))
     if args.eval_data:
-        held_rows = read_rows(args.eval_data, args.task)
+        held_rows = read_rows(args.eval_data, args.task, dict(args.columns))
         if held_rows.kind != rows.kind:
-            raise UserError(f"{args.eval_data}: has {held_rows.kind} rows where --data has {rows.kind} rows")
+            raise UserError(f"{held_rows.source}: has {held_rows.kind} rows where --data has {rows.kind} rows")
     else:
         rows, held_rows = rows.held_out(args.eval_fraction)
-    if args.task == "seq_cls":
-        base = base.with_labels(label_names(rows))
-    schedule = Schedule(
-        args.lr, args.steps, args.epochs, args.batch_size, args.grad_accum, args.weight_decay, args.lr_schedule,
-        args.warmup, args.seed, args.save_steps or None, args.gradient_checkpointing,
-    )  # fmt: skip
-    return Job(base, config, schedule, rows, held_rows, args)
+    return Job(args, base, config, rows, held_rows)
 
 
 def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict[str, Any]) -> dict[str, Any]:
     """Everything from the loaded tokenizer to the filled `output.new`."""
     base, args = job.base, job.args
-    metric = METRICS[base.task]
+    metric = main_metric(base.labels)
     with distributed.agreed():
         tokenizer = load_tokenizer(base)
         seq_len = usable_seq_len(args.seq_len, base, tokenizer)
         with torch.device("meta"):  # whether the method fits shows before any weight is loaded
             wrapped(skeleton(load_config(base), base.task, base.model), job.config)
+        arguments = training_arguments(args, output, base.dtype)  # from here on DeepSpeed cuts up what is built
         examples = encode(job.rows, tokenizer, seq_len, base.labels)
-        held_out = encode(job.held_rows, tokenizer, seq_len, base.labels).first(args.eval_limit)
-    collator = Collator(tokenizer.pad_token_id)
-    arguments = training_arguments(job.schedule, output.checkpoints, base.dtype)
+        held_out = encode(job.held_rows, tokenizer, seq_len, base.labels)
+    held_items = held_out.items[: args.eval_limit]
+    collator = Collator(tokenizer)
 
     say(f"loading {base.model}")
     set_seed(args.seed)
@@ -219,50 +126,50 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     if distributed.engine() == "none":
         total = model.num_parameters()  # of a 4-bit weight numel() counts the bytes
     else:
-        total = sum(distributed.count(parameter) for parameter in model.parameters())
-    say(f"{len(examples)} examples to train on, {len(held_out)} held out, at most {seq_len} tokens each")
+        total = sum(map(distributed.numel, model.parameters()))
+    say(f"{len(examples.items)} examples to train on, {len(held_items)} held out, at most {seq_len} tokens each")
+    examples.say_losses("training", seq_len)
+    held_out.say_losses("held out", seq_len)
     set_seed(args.seed)
     model = wrapped(model, job.config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trainable = sum(distributed.count(parameter) for parameter in trained)
+    trainable = sum(distributed.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
     def measure(title: str) -> dict[str, float]:
-        return evaluate(model, held_out, collator, args.batch_size, base.task, title)
+        return evaluate(model, held_items, collator, args.batch_size, base.labels, title)
 
     def on_start() -> None:
+        if args.packing:
+            check_packing(model)
         if "before" not in record:
             with base_only(model):
                 record["before"] = measure("before")
-            if distributed.is_main():
+            if is_main():
                 write_json(output.run_file, record)
-        say(f"before: {metric} {shown_metric(metric, record['before'][metric])}")
+        say(f"before: {metric} {shown_scores(record['before'])[metric]}")
 
-    outcome = train(model, examples, collator, arguments, checkpoint, on_start)
+    packed = DataCollatorWithFlattening() if args.packing else collator
+    state, seconds = train(model, examples.items, packed, arguments, output, checkpoint, on_start, measure)
     before, after = record["before"], measure("after")
     if not math.isfinite(after["loss"]):
-        if distributed.is_main():
+        if is_main():
             output.drop_checkpoints()
         raise UserError(f"the training diverged (held-out loss {after['loss']}); nothing was saved; lower --lr")
 
     weights = distributed.gathered(model)
-    if not distributed.is_main():
+    if not is_main():
         return {}
     model.save_pretrained(output.new, state_dict=weights)
     result = {
         "method": args.method,
-        "model": base.model,
-        "gguf": base.gguf,
-        "task": base.task,
-        "dtype": base.dtype,
-        "quant": base.quant,
-        "labels": base.labels,
+        **asdict(base),
         "seq_len": seq_len,
         "batch_size": args.batch_size,
-        "processes": distributed.processes(),
+        "processes": PartialState().num_processes,
+        "rows": {"training": examples.counts(), "held_out": held_out.counts()},
         "trainable_parameters": trainable,
         "base_parameters": total,
-        "steps": outcome.steps,
-        "seconds": round(outcome.seconds, 1),
+        "steps": state.global_step,
+        "seconds": round(seconds, 1),
         "metric": metric,
         "before": before,
         "after": after,
@@ -271,24 +178,23 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     }
     write_json(output.new / RECORD, result)
     if args.plot:
-        _plot(output.new / "loss.png", job, outcome, before["loss"], after["loss"])
+        unit = "nats a predicted token" if base.labels is None else "nats a row" if base.labels else "squared error"
+        title = f"LoRETTA_{args.method} on {Path(base.model).name}, {Path(args.data[0]).name}"
+        ends = {0: before["loss"], state.global_step: after["loss"]}
+        plot_losses(output.new / "loss.png", state.log_history, ends, title, unit)
     return result
 
 
-def _plot(file: Path, job: Job, outcome: Outcome, before: float, after: float) -> None:
-    unit = "predicted token" if job.base.task == "causal_lm" else "row"
-    title = f"LoRETTA_{job.args.method} on {Path(job.base.model).name}, {Path(job.args.data).name}"
-    plot_losses(file, outcome.losses, {0: before, outcome.steps: after}, title, unit)
-
-
 def _show(result: dict[str, Any], as_json: bool) -> None:
-    metric = result["metric"]
     share = 100 * result["trainable_parameters"] / result["base_parameters"]
     lines = [
         ("method", result["method"]),
         ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.3f} % of the base)"),
-        (f"{metric} before", shown_metric(metric, result["before"][metric])),
-        (f"{metric} after", shown_metric(metric, result["after"][metric])),
+        *(
+            (f"{name} {when}", text)
+            for when in ("before", "after")
+            for name, text in shown_scores(result[when]).items()
+        ),
         ("training", f"{result['steps']} steps in {result['seconds']:.0f} s"),
         ("adapter", f"{result['adapter']} ({shown_bytes(result['adapter_bytes'])})"),
     ]

@@ -2,32 +2,12 @@
 
 import argparse
 import warnings
-from typing import Any
 
-from loretta.cli.adapters import add_conversion_options, conversion
+from loretta.cli.adapters import conversion
 from loretta.cli.output import RECORD, size_on_disk, write_json
 from loretta.cli.report import show, shown_bytes
 
 KEPT = ("task", "labels", "seq_len", "batch_size", "dtype")
-EPILOG = """\
-example:
-  loretta merge --adapter runs/book --output runs/book-merged
-
-The result is a plain transformers folder: weights, config and tokenizer.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "merge",
-        help="fold a rep adapter into its base model",
-        description="Write the base model with the adapter in its weights. For rep (and LoRA) adapters: an adp adapter "
-        "has a nonlinearity inside and cannot be merged, unless it was trained with --activation identity.",
-        epilog=EPILOG,
-    )
-    add_conversion_options(parser, "folder of the merged model")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,27 +1,33 @@
-"""Loads configurations, tokenizers, base models and adapters, and says in one line what cannot be loaded."""
+"""Loads configurations, tokenizers and base models, puts a method on them, and says in one line what cannot be done."""
 
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loretta.cli.allocator import keep_freed_memory
-from loretta.cli.distributed import engine
-from loretta.cli.errors import UserError, one_line
+from loretta import get_peft_model
+from loretta.cli.distributed import accelerator, engine
+from loretta.cli.errors import UserError, need, refusing
 from loretta.quantised import keep_unpacked
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
-DTYPES = ("float32", "bfloat16", "float16")
 HEADS = ("classifier", "score", "pooler", "classification_head", "pre_classifier")  # trained, so never quantised
 
 
 @dataclass(frozen=True)
 class Base:
-    """Which base model, and how it is read: all that is needed to load it again."""
+    """Which base model, and how it is read: all that is needed to load it again.
+
+    Attributes:
+        labels: the classes of a classifier; an empty list for a regression; None where the model itself says it.
+    """
 
     model: str
     gguf: str | None
@@ -30,9 +36,6 @@ class Base:
     quant: str | None = None
     labels: list[str] | None = None
 
-    def with_labels(self, labels: list[str]) -> "Base":
-        return replace(self, labels=labels)
-
     def source(self) -> dict[str, Any]:
         """The arguments that name the model to from_pretrained."""
         return {"pretrained_model_name_or_path": self.model} | ({"gguf_file": self.gguf} if self.gguf else {})
@@ -40,7 +43,7 @@ class Base:
 
 def device() -> torch.device:
     """The accelerator that the Trainer will use, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return accelerator() or torch.device("cpu")
 
 
 def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant: str | None = None) -> Base:
@@ -65,51 +68,77 @@ def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant:
         model = str(path.resolve())
     elif path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1 or not model:
         raise UserError(f"{model}: no such model folder")
+    if gguf is not None and quant is not None:
+        raise UserError(f"--load-in-{quant} does not go with a GGUF model, which is dequantised when it is loaded")
     if gguf is not None:
-        if quant is not None:
-            raise UserError(f"--load-in-{quant} does not go with a GGUF model, which is dequantised when it is loaded")
-        _need("gguf", "a GGUF model", "gguf")
+        need("gguf", "a GGUF model", "gguf")
     if quant is not None:
-        _need("bitsandbytes", f"--load-in-{quant}", "quant")
+        need("bitsandbytes", f"--load-in-{quant}", "quant")
     return Base(model, gguf, task, dtype or ("float32" if device().type == "cpu" else "bfloat16"), quant)
+
+
+@contextmanager
+def explaining(name: str, what: str) -> Iterator[None]:
+    """Turn what from_pretrained raises into one line that names what could not be loaded."""
+    with refusing(f"{name}: the {what} cannot be loaded", Exception):  # a damaged file may raise anything
+        try:
+            yield
+        except OSError as error:
+            if Path(name).is_dir():
+                raise
+            raise UserError(
+                f"{name}: no such folder, and no such {what} on the hub (or the hub cannot be reached)"
+            ) from error
 
 
 def load_config(base: Base) -> Any:
     """The model's configuration."""
-    with Explaining(base.model, "model"):
+    with explaining(base.model, "model"):
         return AutoConfig.from_pretrained(**base.source())
 
 
 def load_tokenizer(base: Base) -> Any:
     """The tokenizer; where it has no padding token, the end token pads (padding has no loss and no attention)."""
-    with Explaining(base.model, "tokenizer"):
+    with explaining(base.model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**base.source())
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UserError(f"{base.model}: its tokenizer has neither a padding nor an end token")
+    if getattr(load_config(base), "type_vocab_size", 0) < 2:  # the model tells no two texts apart by their type
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 
 def load_base(base: Base, tokenizer: Any) -> Any:
-    """The base model on the device, in its dtype, with the task's head; on a CPU the process keeps freed memory."""
-    if device().type == "cpu":
-        keep_freed_memory()
+    """The base model on the device, in its dtype, with the task's head."""
     options: dict[str, Any] = {"dtype": getattr(torch, base.dtype)}
-    if base.labels is not None:
+    if base.labels:
         names = dict(enumerate(base.labels))
         options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-        options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+    if base.labels is not None:
+        problem = "single_label_classification" if base.labels else "regression"
+        options |= {"num_labels": len(base.labels) or 1, "problem_type": problem, "ignore_mismatched_sizes": True}
     if base.gguf is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     is_quantised = base.gguf is None and getattr(load_config(base), "quantization_config", None) is not None
     if base.quant is not None:
         if is_quantised:
             raise UserError(f"{base.model}: is quantised already; leave out --load-in-{base.quant}")
-        options["quantization_config"] = _bitsandbytes(base)
+        skipped = list(HEADS) if base.task == "seq_cls" else None  # None: the output embedding
+        four_bit = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": base.dtype,
+        }
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            **{f"load_in_{base.quant}": True},
+            **(four_bit if base.quant == "4bit" else {}),
+            llm_int8_skip_modules=skipped,
+        )
     if base.quant is not None or is_quantised:
         options["device_map"] = {"": device()}  # such a model cannot be moved as a whole
-    with Explaining(base.model, "model"):
+    with explaining(base.model, "model"):
         model = AUTO_MODELS[base.task].from_pretrained(**base.source(), **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -131,40 +160,55 @@ def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:
     return wanted or min(256, limit)
 
 
-class Explaining:
-    """Turns what from_pretrained raises into one line that names what could not be loaded."""
+def skeleton(config: Any, task: str, name: str, **options: Any) -> Any:
+    """The model of a transformers configuration on the meta device: every shape, no weight.
 
-    def __init__(self, name: str, what: str):
-        self.name, self.what = name, what
+    `options` are from_config's, such as dtype and attn_implementation.
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
-            return
-        if isinstance(error, OSError) and not Path(self.name).is_dir():
-            raise UserError(
-                f"{self.name}: no such folder, and no such {self.what} on the hub (or the hub cannot be reached)"
-            ) from error
-        raise UserError(f"{self.name}: the {self.what} cannot be loaded: {one_line(error)[:300]}") from error
+    Raises:
+        UserError: where there is no such model for the task.
+    """
+    with torch.device("meta"), refusing(f"{name}: no {task} model of this kind", ValueError):
+        return AUTO_MODELS[task].from_config(config, **options)
 
 
-def _bitsandbytes(base: Base) -> transformers.BitsAndBytesConfig:
-    """What --load-in-4bit and --load-in-8bit stand for."""
-    skipped = list(HEADS) if base.task == "seq_cls" else None  # None: the output embedding
-    if base.quant == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=base.dtype,
-        llm_int8_skip_modules=skipped,
-    )
+def wrapped(model: Any, config: Any, **options: Any) -> Any:
+    """The model with its adapter; `options` are get_peft_model's.
+
+    Raises:
+        UserError: where the model has no such targets, or they cannot be adapted.
+    """
+    with refusing("the method does not fit this model", TypeError, ValueError):
+        # DeepSpeed takes one dtype for all that is trained, the base's, and keeps a float32 copy itself
+        return get_peft_model(model, config, **{"autocast_adapter_dtype": engine() != "deepspeed"} | options)
 
 
-def _need(package: str, what: str, extra: str) -> None:
-    """Raise unless transformers will find the package."""
-    if find_spec(package) is None:
-        raise UserError(f"{what} needs the package {package}: pip install 'loretta-tt[{extra}]'")
+@contextmanager
+def base_only(model: Any) -> Iterator[None]:
+    """Run the model as its base for a while.
+
+    PEFT's own switch also changes what requires gradients, which an engine may have taken note of.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Refuse to pack rows where the model lets a row see those before it.
+
+    Raises:
+        UserError: where the second of two rows in one sequence gets other logits after another first row.
+    """
+    positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
+    ids = torch.tensor([[1, 2, 3, 4], [4, 3, 3, 4]], device=model.device)
+    with refusing("--packing does not go with this model", TypeError):
+        one, other = (model.eval()(input_ids=row[None], position_ids=positions).logits[0, 2:] for row in ids)
+    if not torch.allclose(one, other):
+        raise UserError("--packing does not go with this model: it lets a row see those before it")

@@ -23,7 +23,8 @@ RECORD = "loretta.json"
 class OutputFolder:
     """Holds the right to write one folder, from entering to leaving.
 
-    `new` is the folder to fill before `publish()`; `checkpoints` and `run_file` stay in place when the process dies.
+    `new` is the folder to fill before `publish()`, which adds `logs` to it if there are any; `checkpoints`, `logs` and
+    `run_file` stay in place when the process dies.
 
     Raises:
         UserError: on entering, where the folder is not ours to replace or another process is at it.
@@ -37,6 +38,7 @@ class OutputFolder:
         self.new = self.part / "new"
         self.replaced = self.part / "replaced"
         self.checkpoints = self.part / "checkpoints"
+        self.logs = self.part / "logs"
         self.run_file = self.part / "run.json"
         self._lock: IO[str] | None = None
 
@@ -63,6 +65,8 @@ class OutputFolder:
 
     def publish(self) -> None:
         """Put `new` in the place of the folder, then drop what it replaces and every trace of the run."""
+        if self.logs.exists():
+            os.replace(self.logs, self.new / "logs")
         if self.path.exists():
             os.replace(self.path, self.replaced)
         os.replace(self.new, self.path)
@@ -70,7 +74,7 @@ class OutputFolder:
         self.drop_checkpoints()
 
     def drop_checkpoints(self) -> None:
-        """The run is over, well or badly: there is nothing to go on from."""
+        """The run finished or failed: there is nothing to go on from."""
         self._clear(self.checkpoints)
 
     def _clear(self, *folders: Path) -> None:

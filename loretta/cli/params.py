@@ -1,89 +1,39 @@
-"""`loretta params`: what a method would train on a model, counted without loading a weight."""
+"""`loretta params`: what a method would train on a model, by group, counted without loading a weight."""
 
 import argparse
-import json
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
-from loretta.cli import options
-from loretta.cli.errors import UserError, one_line
-from loretta.cli.method import add_method_options, method_config
-from loretta.cli.models import load_config, make_base
-from loretta.cli.presets import PRESETS
-from loretta.cli.wrapping import skeleton, wrapped
+from loretta.cli.method import check_method_options, method_config
+from loretta.cli.models import skeleton, wrapped
+from loretta.cli.plan import configuration
+from loretta.cli.report import show
 from loretta.norms import is_feature_norm
 from loretta.tensor_train import TensorTrain
 
 GROUPS = ("cores", "dense adapters", "biases", "scalings", "base biases", "norms", "tensorised head", "head")
-EPILOG = f"""\
-presets, known offline: {", ".join(PRESETS)}
-
-examples:
-  loretta params --model llama-2-7b --method adp
-  loretta params --model llama-2-7b --method rep --r 16 --rank 8
-  loretta params --model ./config.json --task seq_cls --method adp --bottleneck 32
-
-Each group is printed with the total up to it: published counts differ in where they stop.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser(
-        "params",
-        help="count what would be trained, without loading a weight",
-        description="Trainable parameters by group: cores, biases, norms, head.",
-        usage="loretta params --model MODEL --method {adp,rep} [option ...]",
-        epilog=EPILOG,
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="preset, folder, config.json, .gguf file, or hub id of the model",
-    )
-    group.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in the model's folder or repository")
-    group.add_argument(
-        "--task", choices=options.TASKS, help="which head (default: seq_cls for BERT-like presets, else causal_lm)"
-    )
-    group.add_argument(
-        "--classes", type=options.at_least_two, default=2, metavar="N", help="classes of seq_cls (default 2)"
-    )
-    add_method_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build the model on the meta device, wrap it, count, print."""
     config, task = configuration(args)
-    method = method_config(args, task)
-    if task == "seq_cls":
-        config.num_labels = args.classes
+    check_method_options(args, [args.method])
+    method = method_config(args, args.method, task)
     base = skeleton(config, task, args.model)
     total = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"):
         groups = count_groups(wrapped(base, method))
+    totals = dict(zip(groups, accumulate(groups.values()), strict=True))
     trainable = sum(groups.values())
-    result = {
-        "model": args.model,
-        "task": task,
-        "method": args.method,
-        "groups": groups,
-        "running_totals": _running_totals(groups),
-        "trainable": trainable,
-        "base": total,
-        "percent": 100 * trainable / total,
-    }
-    if args.json:
-        print(json.dumps(result))
-    else:
-        _print(result)
+    result: dict[str, Any] = {"model": args.model, "task": task, "method": args.method, "groups": groups}
+    result |= {"running_totals": totals, "trainable": trainable, "base": total, "percent": 100 * trainable / total}
+    lines = [(name, f"{count:,}", f"{totals[name]:,}") for name, count in groups.items()]
+    show(result, [("group", "parameters", "running total"), *lines], args.json)
+    if not args.json:
+        print(f"trainable: {trainable:,} of {total:,} ({result['percent']:.4f} %)")
 
 
 def count_groups(model: nn.Module) -> dict[str, int]:
@@ -107,40 +57,3 @@ def _group(path: str, module: nn.Module, name: str) -> str:
     if "scaling" in f"{path}.{name}":
         return "scalings"
     return {"cores": "cores", "bias": "biases"}.get(name, "dense adapters")
-
-
-def configuration(args: argparse.Namespace) -> tuple[Any, str]:
-    """The transformers configuration that --model means, and the task."""
-    if args.model.lower() in PRESETS:
-        preset = PRESETS[args.model.lower()]
-        return AutoConfig.for_model(preset.model_type, **preset.values), args.task or preset.task
-    task = args.task or "causal_lm"
-    path = Path(args.model).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(values.pop("model_type"), **values), task
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{args.model}: is no model configuration: {one_line(error)[:200]}") from error
-    try:
-        return load_config(make_base(args.model, args.gguf, task, None)), task
-    except UserError as error:
-        raise UserError(f"{error}; presets: {', '.join(PRESETS)}") from error
-
-
-def _running_totals(groups: dict[str, int]) -> dict[str, int]:
-    total, totals = 0, {}
-    for name, count in groups.items():
-        total += count
-        totals[name] = total
-    return totals
-
-
-def _print(result: dict[str, Any]) -> None:
-    """A table of group, count and running total, and the share of the base."""
-    rows = [("group", "parameters", "running total")]
-    rows += [(name, f"{count:,}", f"{result['running_totals'][name]:,}") for name, count in result["groups"].items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, count, total in rows:
-        print(f"{name:<{widths[0]}}  {count:>{widths[1]}}  {total:>{widths[2]}}")
-    print(f"trainable: {result['trainable']:,} of {result['base']:,} ({result['percent']:.4f} %)")

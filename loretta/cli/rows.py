@@ -1,24 +1,34 @@
-"""Reads .txt, .jsonl and .csv files (or a hub data set) into rows of one kind, checking every line."""
+"""Reads files and hub data sets into rows of one kind, and names the line that cannot be used."""
 
 import csv
+import gzip
 import io
 import json
+import math
 import random
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError, one_line
+from loretta.cli.errors import UserError, need, refusing
 
-SUFFIXES = (".txt", ".jsonl", ".csv")
-ROLES = ("system", "user", "assistant", "tool")
-CSV_FIELD_LIMIT = 1 << 30
-FIELDS = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",), "label": ("text", "label")}
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+KINDS = {  # by task: the kinds of rows and the fields of each
+    "causal_lm": {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)},
+    "seq_cls": {"label": ("text", "label"), "pair": ("text", "text_pair", "label")},
+}
 ACCEPTED = {
     "causal_lm": '"text", or "prompt" and "completion", or "messages"',
-    "seq_cls": '"text" and "label"',
+    "seq_cls": '"text" and "label", and "text_pair" where there are two texts',
 }
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}  # "from" -> "role"
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, all of one kind: text, completion, chat or label."""
+    """Rows of one kind: text, completion, chat, label or pair."""
 
     source: str
     kind: str
@@ -40,16 +50,22 @@ class Rows:
     def held_out(self, fraction: float) -> tuple["Rows", "Rows"]:
         """Split into a training and a held-out part.
 
-        Text is cut once, so that what is held out is the contiguous end of it; rows of the other kinds stand
-        for themselves and may be sorted, so those are drawn at random (always the same ones).
+        One text is cut at a blank, so that its contiguous end is held out. Rows of the other kinds stand for themselves
+        and may be sorted, so they are drawn at random, always the same ones; one row of every class stays in training.
         """
-        if self.kind == "text" and len(self.rows) == 1:
-            head, tail = _split_text(self.rows[0].fields["text"], fraction)
-            parts = [[Row(self.rows[0].where, {"text": part})] for part in (head, tail) if part.strip()]
+        rows = list(self.rows)
+        if self.kind == "text" and len(rows) == 1:
+            text = rows[0].fields["text"]
+            cut = int(len(text) * (1 - fraction))
+            while cut < len(text) and not text[cut].isspace():
+                cut += 1
+            parts = [[Row(rows[0].where, {"text": part})] for part in (text[:cut], text[cut:]) if part.strip()]
         else:
-            rows = list(self.rows)
             if self.kind != "text":
                 random.Random(0).shuffle(rows)
+            if "label" in rows[0].fields:
+                first = {id(row) for row in {row.fields["label"]: row for row in rows}.values()}
+                rows.sort(key=lambda row: id(row) not in first)
             cut = len(rows) - max(1, round(len(rows) * fraction))
             parts = [part for part in (rows[:cut], rows[cut:]) if part]
         if len(parts) < 2:
@@ -57,79 +73,89 @@ class Rows:
         return Rows(self.source, self.kind, parts[0]), Rows(self.source, self.kind, parts[1])
 
 
-def read_rows(source: str, task: str) -> Rows:
-    """Read a file, or else a hub data set, for task "causal_lm" or "seq_cls".
+def read_rows(sources: Sequence[str], task: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """Read files or hub data sets for task "causal_lm" or "seq_cls".
+
+    Args:
+        sources: paths, or hub ids as ID[:CONFIG[:SPLIT]].
+        columns: the names of fields in the data, by the names that they have here.
 
     Raises:
         UserError: naming the file and the line for whatever cannot be used.
     """
-    path = Path(source)
-    if path.is_file():
-        numbered: Iterable[tuple[str, Any]] = _read_file(path)
-    elif path.is_dir():
-        raise UserError(f"{source}: is a folder; give a file ({', '.join(SUFFIXES)})")
-    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: no such file")
-    else:
-        numbered = _read_hub(source)
-    kind, rows = None, []
-    for where, fields in numbered:
-        row_kind = _checked_kind(where, fields, task)
-        if kind not in (None, row_kind):
-            raise UserError(f"{where}: a {row_kind} row after {kind} rows; all rows must be of one kind")
-        kind = row_kind
-        rows.append(Row(where, {name: fields[name] for name in FIELDS[kind]}))
-    if kind is None:
-        raise UserError(f"{source}: no rows in it")
-    return Rows(source, kind, rows)
+    kind, rows = "", list[Row]()
+    for source in sources:
+        path = Path(source).expanduser()
+        is_path = _suffix(path) in SUFFIXES or path.is_absolute() or source[:1] in (".", "~") or source.count("/") > 1
+        if path.is_dir():
+            raise UserError(f"{source}: is a folder; give its files ({', '.join(SUFFIXES)})")
+        if is_path and not path.is_file():
+            raise UserError(f"{source}: no such file")
+        count = len(rows)
+        for where, found in _read_file(path) if path.is_file() else _read_hub(source):
+            row_kind, fields = _checked(where, found, task, columns or {})
+            if kind not in ("", row_kind):
+                raise UserError(f"{where}: a {row_kind} row after {kind} rows; all rows must be of one kind")
+            kind = row_kind
+            rows.append(Row(where, fields))
+        if len(rows) == count:
+            raise UserError(f"{source}: no rows in it")
+    return Rows(" ".join(sources), kind, rows)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Pairs of (file and line, fields)."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown format {path.suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}")
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
+    """Pairs of the place that a message names (file and line, or row) and what stands there."""
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}, and .gz")
+    with refusing(f"{path}: cannot be read", OSError):
+        data = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        with refusing(f"{path}: not valid gzip", OSError, EOFError, zlib.error):
+            data = gzip.decompress(data)
+    if suffix == ".parquet":
+        return _read_parquet(path, data)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from error
+        raise UserError(f"{path}:{error.object[: error.start].count(10) + 1}: not UTF-8 text") from error
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
-    if path.suffix == ".txt":
-        return iter([(f"{path}:1", {"text": text})])
-    return _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
+    if suffix == ".txt":
+        return [(f"{path}:1", {"text": text})]
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(path, text, "\t" if suffix == ".tsv" else max(",;\t", key=text.partition("\n")[0].count))
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return ((f"{path} row {number}", row) for number, row in enumerate(_json(str(path), text), 1))
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(text.rstrip().split("\n"), 1))
+    return ((where, _json(where, line)) for where, line in lines)
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """One JSON value a line; blank lines are allowed at the end only."""
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise UserError(f"{where}: empty line")
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {one_line(error)}") from error
+def _json(where: str, text: str) -> Any:
+    if not text.strip():
+        raise UserError(f"{where}: empty line")
+    with refusing(f"{where}: not valid JSON", ValueError, RecursionError):
+        return json.loads(text)
 
 
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]]:
     """A header line, then records; a record is named by the line it begins on."""
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
-    header: list[str] | None = None
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
     while True:
         where = f"{path}:{reader.line_num + 1}"
-        try:
+        with refusing(f"{where}: not valid CSV", csv.Error):
             record = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{where}: not valid CSV: {error}") from error
         if record is None:
             return
         if not record:
             raise UserError(f"{where}: empty line")
-        if header is None:
+        if not header:
             header = record
             if len(set(header)) < len(header):
                 raise UserError(f"{where}: a column name is given twice in the header")
@@ -139,40 +165,85 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield where, dict(zip(header, record, strict=True))
 
 
-def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
-    """The training split of a hub data set."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"{source}: no such file; to read it as a hub data set, install the package: pip install datasets"
-        ) from error
-    try:
-        rows = load_dataset(source, split="train")
-    except Exception as error:  # the hub client raises many kinds; all mean that this id cannot be had
-        raise UserError(f"{source}: no such file, and no such hub data set: {one_line(error)}") from error
-    return ((f"{source} row {number}", dict(row)) for number, row in enumerate(rows, 1))
+def _read_parquet(path: Path, data: bytes) -> Iterable[tuple[str, Any]]:
+    need("datasets", f"{path}:", "data")
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow import ArrowException, parquet
+
+    with refusing(f"{path}: not valid Parquet", OSError, ArrowException, ValueError):
+        rows = Dataset(InMemoryTable(parquet.read_table(io.BytesIO(data))))
+    return _with_names(str(path), rows)
 
 
-def _checked_kind(where: str, fields: Any, task: str) -> str:
-    """Which kind of row this is, after checking every field that the kind has."""
-    if not isinstance(fields, dict):
+def _read_hub(source: str) -> Iterable[tuple[str, Any]]:
+    name, config, split, *_ = [*source.split(":"), "", ""]
+    need("datasets", f"{source}: no such file; a hub data set", "data")
+    from datasets import load_dataset
+
+    with refusing(f"{source}: no such file, and no such hub data set", Exception):  # the hub client raises many kinds
+        rows = load_dataset(name, config or None, split=split or "train")
+    return _with_names(source, rows)
+
+
+def _with_names(source: str, rows: Any) -> Iterable[tuple[str, Any]]:
+    """The rows of a data set, its classes by their names; -1 stands for no class."""
+    names = {column: feature.names for column, feature in rows.features.items() if hasattr(feature, "names")}
+    for number, row in enumerate(rows, 1):
+        for column in names:
+            row[column] = None if row[column] in (None, -1) else names[column][row[column]]
+        yield f"{source} row {number}", row
+
+
+def _checked(where: str, found: Any, task: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Which kind of row this is, and the fields that the kind has, each checked."""
+    if not isinstance(found, dict):
         raise UserError(f"{where}: not a JSON object; a row needs {ACCEPTED[task]}")
-    kinds = ("label",) if task == "seq_cls" else ("chat", "completion", "text")
-    found = [kind for kind in kinds if all(name in fields for name in FIELDS[kind])]
-    if len(found) != 1:
-        names = ", ".join(map(str, fields)) or "nothing"
-        problem = "is ambiguous" if found else "cannot be used"
-        raise UserError(f"{where}: a row with {names} {problem}; it needs {ACCEPTED[task]}")
-    for name in FIELDS[found[0]]:
-        if name == "messages":
-            _check_messages(where, fields[name])
-        elif name == "label":
-            if isinstance(fields[name], bool) or not isinstance(fields[name], int | str) or fields[name] == "":
-                raise UserError(f'{where}: "label" is {fields[name]!r}; it must be a name or a whole number')
+    for column in columns.values():
+        if column not in found:
+            raise UserError(f"{where}: no column {column!r} (--columns); it has {', '.join(map(str, found))}")
+    fields = {name: value for name, value in found.items() if name not in columns.values()}
+    fields |= {name: found[column] for name, column in columns.items()}
+    fields = _in_our_names(where, {name: value for name, value in fields.items() if value is not None})
+    kinds = [kind for kind, names in KINDS[task].items() if all(name in fields for name in names)]
+    if len(kinds) != 1 and kinds != ["label", "pair"]:
+        problem = f"{', '.join(map(str, found)) or 'nothing'} {'is ambiguous' if kinds else 'cannot be used'}"
+        raise UserError(f"{where}: a row with {problem}; it needs {ACCEPTED[task]}")
+    fields = {name: fields[name] for name in KINDS[task][kinds[-1]]}
+    for name, value in fields.items():
+        if name == "label":
+            fields[name] = _label(where, value)
+        elif name == "messages":
+            _check_messages(where, value)
         else:
-            _check_text(where, f'"{name}"', fields[name])
-    return found[0]
+            _check_text(where, f'"{name}"', value)
+    return kinds[-1], fields
+
+
+def _in_our_names(where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Rows of Alpaca's (instruction, input, output) and ShareGPT's (conversations) layout in our names."""
+    if "instruction" in fields and "output" in fields:
+        given = fields.get("input") or ""
+        for name, text in {"instruction": fields["instruction"], "input": given or "none"}.items():
+            _check_text(where, f'"{name}"', text)
+        further = ", paired with an input that provides further context" if given else ""
+        prompt = ALPACA.format(further, fields["instruction"], f"### Input:\n{given}\n\n" if given else "")
+        return {"prompt": prompt, "completion": fields["output"]}
+    turns = fields.get("conversations")
+    if isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return {"messages": [{"role": SHAREGPT.get(str(t["from"])), "content": t.get("value")} for t in turns]}
+    return fields
+
+
+def _label(where: str, value: Any) -> str:
+    """A label as text, without blanks around it; a whole number has no fraction and a truth value no capital."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise UserError(f'{where}: "label" is {value!r}; it must be a name or a number')
 
 
 def _check_text(where: str, name: str, value: Any) -> None:
@@ -195,11 +266,3 @@ def _check_messages(where: str, messages: Any) -> None:
         _check_text(where, f"the content of message {number}", message.get("content"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no message has the role assistant, so there is nothing to learn")
-
-
-def _split_text(text: str, fraction: float) -> tuple[str, str]:
-    """Cut one text at the white space that follows its first (1 - fraction)."""
-    cut = int(len(text) * (1 - fraction))
-    while cut < len(text) and not text[cut].isspace():
-        cut += 1
-    return text[:cut], text[cut:]

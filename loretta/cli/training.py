@@ -1,152 +1,152 @@
 """Training on transformers' Trainer, with progress on stderr and nothing on stdout."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from loretta.cli import distributed
 from loretta.cli.checkpoints import seal
-from loretta.cli.encode import Collator, Examples
+from loretta.cli.distributed import engine, on_cpu
+from loretta.cli.errors import UserError, refusing
+from loretta.cli.output import OutputFolder
+from loretta.cli.report import is_main
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train."""
-
-    lr: float
-    steps: int | None
-    epochs: float
-    batch_size: int
-    grad_accum: int
-    weight_decay: float
-    lr_schedule: str
-    warmup: float
-    seed: int
-    save_steps: int | None
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training run leaves behind beside the trained parameters."""
-
-    steps: int
-    seconds: float
-    losses: list[tuple[int, float]]
-
-
-def training_arguments(schedule: Schedule, checkpoints: Path, dtype: str) -> TrainingArguments:
+def training_arguments(args: argparse.Namespace, output: OutputFolder, dtype: str) -> TrainingArguments:
     """The Trainer's arguments; to be made before the model, which transformers then loads as the engine needs it.
 
     Args:
-        checkpoints: folder for the checkpoints that `schedule.save_steps` asks for.
-        dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes.
+        args: of `loretta finetune`.
+        dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes, and
+            float16 needs scaled gradients.
+
+    Raises:
+        UserError: where transformers refuses one of them.
     """
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        learning_rate=schedule.lr,
-        max_steps=schedule.steps or -1,
-        num_train_epochs=schedule.epochs,
-        per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.grad_accum,
-        weight_decay=schedule.weight_decay,
-        lr_scheduler_type=schedule.lr_schedule,
-        warmup_steps=schedule.warmup,
-        optim="adamw_torch",
-        seed=schedule.seed,
-        gradient_checkpointing=schedule.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if schedule.gradient_checkpointing else None,
-        save_strategy="steps" if schedule.save_steps else "no",
-        save_steps=schedule.save_steps or 1,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-        use_cpu=distributed.on_cpu(),
-        bf16=dtype == "bfloat16" and distributed.engine() != "none",
-    )
+    if dtype == "float16" and on_cpu():
+        raise UserError("--dtype float16 trains on accelerators only; on a CPU take float32 or bfloat16")
+    with refusing("transformers refuses an option", ImportError, RuntimeError, ValueError):
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # says which package is missing
+        return TrainingArguments(
+            output_dir=str(output.checkpoints),
+            learning_rate=args.lr,
+            max_steps=args.steps or -1,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.grad_accum,
+            weight_decay=args.weight_decay,
+            lr_scheduler_type=args.lr_schedule,
+            warmup_steps=args.warmup,
+            optim=args.optim,
+            seed=args.seed,
+            gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+            save_strategy="steps" if args.save_steps else "no",
+            save_steps=args.save_steps or 1,
+            save_total_limit=2,
+            eval_strategy="steps" if args.eval_steps else "no",
+            eval_steps=args.eval_steps,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to=args.report_to or "none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu(),
+            label_names=["labels"],
+            use_cpu=on_cpu(),
+            bf16=dtype == "bfloat16" and engine() != "none",
+            fp16=dtype == "float16",
+        )
 
 
 def train(
     model: Any,
-    examples: Examples,
-    collator: Collator,
+    items: list[dict[str, Any]],
+    collator: Callable[..., Any],
     arguments: TrainingArguments,
+    output: OutputFolder,
     resume_from: Path | None,
     on_start: Callable[[], None],
-) -> Outcome:
+    measure: Callable[[str], dict[str, float]],
+) -> tuple[TrainerState, float]:
     """Train the model in place, going on from a checkpoint where one is given.
 
     Args:
         on_start: called when the model is ready to be run as the engine wants it, before the first step.
+        measure: evaluates the model, under a title.
+
+    Returns:
+        the Trainer's state, with the losses by step in its `log_history`, and the seconds that the steps took.
     """
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)
+    watch = _Watch(on_start)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=items,
+        eval_dataset=items,  # asked for by --eval-steps; `measure` has its own
+        data_collator=collator,
+        callbacks=[watch],
+    )
+    trainer.measure = measure
+    with refusing(f"--optim {arguments.optim}", ImportError, ValueError):
+        trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trainer.remove_callback(PrinterCallback)
-    clock = _Clock(on_start)
-    trainer.add_callback(clock)
-    trainer.add_callback(_Checkpoints())
-    if distributed.is_main():
-        trainer.add_callback(_Progress())
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output.logs)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Outcome(trainer.state.global_step, clock.seconds, losses)
+    return trainer.state, watch.seconds
 
 
-class _Clock(TrainerCallback):
-    """What comes before the first step, and how long the steps take."""
+class _Trainer(Trainer):
+    """Evaluates as `loretta eval` does: the mean over all tokens, whatever the batches."""
+
+    measure: Callable[[str], dict[str, float]]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        scores = self.measure(f"step {self.state.global_step}")
+        if is_main():
+            tqdm.write(f"step {self.state.global_step}: held-out loss {scores['loss']:.4f}", file=sys.stderr)
+        logged = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(logged)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
+        return logged
+
+
+class _Watch(TrainerCallback):
+    """What comes before the first step, the time and the progress of the steps, and a seal on every checkpoint."""
 
     def __init__(self, on_start: Callable[[], None]):
         self.on_start = on_start
-        self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_start()
+        options = {"total": state.max_steps, "initial": state.global_step, "desc": "training", "unit": "step"}
+        self.bar = tqdm(**options, file=sys.stderr, disable=not is_main())
         self.seconds = -time.perf_counter()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter()
-
-
-class _Checkpoints(TrainerCallback):
-    """No checkpoint at the very end, and a seal on each that every process has written its part of."""
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
         if state.global_step >= state.max_steps:
             control.should_save = False  # resumed from there, the Trainer would go one step too far
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        distributed.wait()
-        if distributed.is_main():
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class _Progress(TrainerCallback):
-    """A progress bar with the current loss."""
-
-    bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs and "loss" in logs:
+        if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if is_main():
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.seconds += time.perf_counter()
+        self.bar.close()

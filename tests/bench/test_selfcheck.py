@@ -6,11 +6,11 @@ import argparse
 import json
 
 import pytest
+from loretta.cli.options import Parser
 
 import loretta_kernels
 from bench import selfcheck
 from loretta.cli import check
-from loretta.cli.options import Parser
 from loretta_kernels.selfcheck import Row
 from tests.bench.processes import run_python
 

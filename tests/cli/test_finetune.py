@@ -2,16 +2,20 @@
 
 import json
 import math
+import random
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from loretta.cli.checkpoints import newest_complete
-from loretta.cli.training import _Progress
+from loretta.cli.training import _Watch
 
 LM = ["--seq-len", 32, "--batch-size", 4, "--steps", 12, "--threads", 1]
 SMALL = {"adp": ["--bottleneck", 8], "rep": ["--dropout", 0.1, "--alpha", 32]}
@@ -30,7 +34,7 @@ def killed_after(monkeypatch):
             if state.global_step == steps:
                 raise Killed
 
-        monkeypatch.setattr(_Progress, "on_step_end", die)
+        monkeypatch.setattr(_Watch, "on_step_end", die)
 
     return arrange
 
@@ -146,6 +150,120 @@ def test_a_classifier_learns_and_keeps_its_labels(loretta, roberta, reviews, tmp
         assert math.isclose(merged["loss"], again["loss"], rel_tol=1e-4)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_a_class_with_one_row_does_not_stop_a_run(loretta, roberta, tmp_path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"{c * 3} {n},{c}\n" for c in "ab" for n in range(6)) + "ccc,c\n")
+    command = ["--model", roberta, "--task", "seq_cls", "--data", data, "--method", "rep", "--eval-fraction", 0.9]
+    ran = loretta("finetune", *command, "--steps", 1, "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out" / "loretta.json").read_text())["labels"] == ["a", "b", "c"]
+
+
+def test_the_result_counts_the_rows_that_are_cut_or_dropped(loretta, llama, tmp_path) -> None:
+    rows = [{"prompt": "p" * size, "completion": "answer"} for size in (1, 6, 20)] * 4
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", llama, "--data", tmp_path / "ask.jsonl", "--method", "rep", "--eval-fraction", 0.5]
+    ran = loretta("finetune", *command, "--steps", 1, "--seq-len", 8, "--output", tmp_path / "out", "--json")
+    counts = ran.result()["rows"]
+    for name in ("cut", "dropped"):
+        assert counts["training"][name] + counts["held_out"][name] == 4
+    assert "rows have nothing to learn within 8 tokens and are left out" in ran.err
+
+
+def test_pairs_are_compared_and_a_number_is_regressed(loretta, roberta, tmp_path) -> None:
+    rng = random.Random(0)
+    words = [(rng.choice("ab") * 3, rng.choice("ab") * 3) for _ in range(80)]
+    data, out = tmp_path / "pairs.csv", tmp_path / "out"
+    rows = [f"{one},{other},{4.5 if one == other == 'aaa' else 0.5 if one == other else 2}" for one, other in words]
+    data.write_text("sentence1,sentence2,score\n" + "\n".join(rows) + "\n")
+    columns = ["--columns", "text=sentence1", "text_pair=sentence2", "label=score"]
+    command = ["--model", roberta, "--task", "seq_cls", "--data", data, *columns, "--method", "rep"]
+    ran = loretta("finetune", *command, "--epochs", 10, "--eval-fraction", 0.2, "--output", out, "--plot", "--json")
+    assert ran.code == 0, ran.err
+    result = ran.result()
+    assert (result["labels"], result["metric"]) == ([], "pearson")
+    assert result["after"]["loss"] < 0.5 * result["before"]["loss"]
+    assert result["after"]["pearson"] > 0.8
+    evaluation = ["--data", data, *columns, "--json"]
+    again = loretta("eval", "--adapter", out, *evaluation).result()
+    assert again["spearman"] > 0.8
+    assert loretta("merge", "--adapter", out, "--output", tmp_path / "merged").code == 0
+    merged = loretta("eval", "--model", tmp_path / "merged", *evaluation).result()
+    assert math.isclose(merged["loss"], again["loss"], rel_tol=1e-4)
+
+
+def test_packed_rows_do_not_see_each_other(loretta, llama, tokenizer, tmp_path) -> None:
+    """The steps of packed rows are those of padded ones."""
+    data = tmp_path / "ask.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "p" * n, "completion": "answer"}) + "\n" for n in range(1, 25)))
+    command = ["finetune", "--model", llama, "--data", data, "--method", "rep", "--dropout", 0, "--steps", 3]
+    found = []
+    for name, option in {"padded": [], "packed": ["--packing"]}.items():
+        ran = loretta(*command, *option, "--output", tmp_path / name)
+        assert ran.code == 0, ran.err
+        found.append(weights(tmp_path / name))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [True, False], ids=["sees-the-row-before", "takes-no-positions"])
+def test_refuses_to_pack_for_a_model_that_would_mix_rows(
+    loretta, llama, book, tmp_path, monkeypatch, positions
+) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def ignoring(self, *args, position_ids=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    def without(self, input_ids, attention_mask=None, labels=None, inputs_embeds=None):
+        return forward(self, input_ids, attention_mask, labels=labels, inputs_embeds=inputs_embeds)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", ignoring if positions else without)
+    command = ["--model", llama, "--data", book, "--method", "rep", *LM, "--packing", "--output", tmp_path / "out"]
+    ran = loretta("finetune", *command)
+    assert ran.code == 2
+    message = ran.err.splitlines()[-1]
+    assert message.startswith("loretta finetune: error: --packing does not go with this model: ")
+    assert ("it lets a row see those before it" if positions else "unexpected keyword argument") in message
+
+
+class Writer:
+    """A SummaryWriter that keeps the names of what it is given."""
+
+    def __init__(self, log_dir: str):
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.file = Path(log_dir) / "events"
+
+    def add_text(self, *_) -> None: ...
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{name} {step}\n")
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_what_the_trainer_gives_is_passed_on(loretta, llama, book, tmp_path, monkeypatch) -> None:
+    tensorboard = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    options = ["--report-to", "tensorboard", "--eval-steps", 4, "--optim", "adafactor", "--save-steps", 4]
+    command = ["finetune", "--model", llama, "--data", book, "--method", "rep", *LM, *options]
+    ran = loretta(*command, "--output", tmp_path / "out", "--json", "--plot")
+    assert ran.code == 0, ran.err
+    assert re.findall(r"step (\d+): held-out loss", ran.err) == ["4", "8", "12"]
+    assert ran.result()["after"]["loss"] < ran.result()["before"]["loss"]
+    logged = (tmp_path / "out" / "logs" / "events").read_text().splitlines()
+    assert {"train/loss 1", "train/loss 12", "eval/loss 8", "eval/perplexity 12"} <= set(logged)
+    evaluated = weights(tmp_path / "out")
+
+    where = command.index("--eval-steps")
+    assert loretta(*command[:where], *command[where + 2 :], "--output", tmp_path / "other").code == 0
+    assert all(torch.equal(value, evaluated[name]) for name, value in weights(tmp_path / "other").items())
 
 
 def test_chats_and_completions_train(loretta, llama, tmp_path) -> None:

@@ -6,8 +6,7 @@ import random
 import pytest
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
-from loretta.cli.finetune import add_parser
-from loretta.cli.options import Parser
+from loretta.cli.parser import make_parser
 from tests.cli import fuzz
 
 DATA = {
@@ -35,9 +34,7 @@ def test_a_broken_data_file_ends_in_one_line(name, llama, loretta, tmp_path):
 
 def options() -> list[str]:
     """The options of `loretta finetune` that take a value."""
-    parser = Parser(prog="loretta")
-    add_parser(parser.add_subparsers())
-    actions = parser._subparsers._group_actions[0].choices["finetune"]._actions
+    actions = make_parser()._subparsers._group_actions[0].choices["finetune"]._actions
     return sorted(action.option_strings[-1] for action in actions if action.option_strings and action.nargs != 0)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loretta.cli.presets import PRESETS
+from loretta.cli.parser import PRESETS
 
 # group -> running total up to it
 PAPER = {

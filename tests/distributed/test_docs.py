@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loretta.__main__ import make_parser
+from loretta.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"^(?:torchrun|accelerate).*$", (ROOT / "docs" / "several-gpus.md").read_text(), re.MULTILINE)
