@@ -34,6 +34,9 @@ class TrainedWhole(ModulesToSaveWrapper):
         assert isinstance(wrapper, cls)
         wrapper.takes_any_dtype = _multiplies_last(wrapper.original_module)
 
+    def _get_name(self) -> str:
+        return "ModulesToSaveWrapper"  # in printed models and PEFT's error messages
+
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
