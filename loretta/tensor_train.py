@@ -68,6 +68,17 @@ class TensorTrain(nn.Module):
         """W [in_features, out_features], materialised: for merging and export only."""
         return tt_matrix(self.cores, self.shape)
 
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [in_features, waist] and R [waist, out_features], the two sides of the cut: W = L·R."""
+        sizes, shapes, cut = self.shape.core_sizes, self.shape.core_shapes, self.shape.cut
+        cores = [core.view(shape) for core, shape in zip(self.cores.split(sizes), shapes, strict=True)]
+        left = right = self.cores.new_ones(1, 1)
+        for core in cores[:cut]:
+            left = (left @ core.flatten(1)).reshape(-1, core.shape[2])
+        for core in reversed(cores[cut:]):
+            right = (core.flatten(0, 1) @ right).reshape(core.shape[0], -1)
+        return left, right
+
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """The dense layer that this train stands for."""
