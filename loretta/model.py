@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from ._versions import check_modules_are_loaded
 from .adp import MERGE_ERROR, LorettaAdpLinear
 from .config import LorettaAdpConfig, _LorettaConfig
 from .layer import LorettaLayer, train_shape
@@ -52,6 +53,7 @@ class _LorettaModel(BaseTuner):
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None
+        check_modules_are_loaded(peft_config.modules_to_save)
 
     @staticmethod
     def _tensorise_head(model: nn.Module, adapter_name: str, config: PeftConfig, path: str) -> None:
