@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from torch import nn
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, _versions, export_lora, get_peft_model
@@ -63,9 +64,9 @@ def test_a_transformers_that_drops_norms_is_not_let_load_them(served: Path, monk
     base = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"load_adapter of transformers .* does not load .*norm.*from_pretrained"):
         base.load_adapter(str(served / "rep" / "adapter"))
-    # All else goes on: no norms, training, and PEFT's way.
+    # All else goes on: no norms, a new adapter, and PEFT's way.
     tiny_model("llama").load_adapter(str(served / "rep-without-norms" / "adapter"))
-    tiny_model("llama").add_adapter(LorettaRepConfig(task_type="CAUSAL_LM"))
+    inject_adapter_in_model(LorettaRepConfig(task_type="CAUSAL_LM"), tiny_model("llama"))
     model = PeftModel.from_pretrained(tiny_model("llama"), str(served / "rep" / "adapter"))
     model.load_adapter(str(served / "rep" / "adapter"), adapter_name="again")
 
