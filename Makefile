@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 PEERS := .cache/peers/upstream
 BENCH = $(BIN)/python -m pytest -q --benchmark-quiet
-.PHONY: help demo demo-cls test test-long test-distributed test-peft bench bench-gpu peers lint clean
+.PHONY: help demo demo-cls test test-long test-distributed test-versions test-triton test-peft bench bench-gpu peers lint clean
 
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -43,6 +43,27 @@ test-distributed: $(DEVELOP) ## install DeepSpeed and run all tests of several p
 	$(PIP) --upgrade setuptools wheel
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed==0.19.8
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed
+
+# The lowest versions are pinned in constraints-lowest.txt; the newest are what the index has. A CUDA build of torch, which
+# the index gives for all but the pinned one, takes 5 GB in each of the two environments; remove them with make clean.
+TESTED := tests/kernels tests/layers tests/serving tests/convert tests/plan tests/cli tests/test_versions.py
+test-versions: ## the tests with the lowest declared and with the newest versions, in environments under .cache
+	set -e; for set in lowest newest; do \
+		env=.cache/versions/$$set; pinned=; test $$set = newest || pinned="-c constraints-lowest.txt"; \
+		test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
+		$$env/bin/pip install --quiet --upgrade --upgrade-strategy eager $$pinned \
+			-e '.[plot,gguf]' datasets hypothesis pytest pytest-xdist; \
+		$$env/bin/pip list | grep -iE '^(torch|triton|transformers|peft|accelerate|safetensors|numpy) '; \
+		OMP_NUM_THREADS=1 $$env/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" $(TESTED); done
+
+# Triton 3.6.0, which GPU machines have beside torch 2.11: its wheel alone, in a folder of its own.
+TRITON := .cache/triton-3.6.0
+$(TRITON): $(DEVELOP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	touch $@
+
+test-triton: $(TRITON) ## compile the quick set of kernels with Triton 3.6.0 too, which GPU machines have; needs no GPU
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.resources --quick
 
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import upstream
 from bench.grid import cells
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +86,7 @@ def _write(config: pytest.Config, stem: str, records: list[dict[str, Any]]) -> N
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES} | {"upstream": "loretta 0.1.0"},
+        "versions": {package: _version(package) for package in PACKAGES} | {"upstream": upstream.version()},
         "cuda": torch.version.cuda if device == "cuda" else None,
         "records": records,
     }

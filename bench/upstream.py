@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib.metadata import distributions
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,12 @@ def load() -> ModuleType:
     except Exception as error:
         raise Unavailable(f"import: {type(error).__name__}: {error}") from error
     return module
+
+
+def version() -> str | None:
+    """The name and version of what is installed, or None where nothing is."""
+    found = next(iter(distributions(name="loretta", path=[str(FOLDER.parent)])), None)
+    return f"loretta {found.version}" if found else None
 
 
 class _Linears(nn.Module):

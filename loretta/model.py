@@ -16,6 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ._versions import check_modules_are_loaded
 from .adp import MERGE_ERROR, LorettaAdpLinear
 from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
@@ -83,6 +84,7 @@ class _LorettaModel(BaseTuner):
         if peft_config.train_layernorm:
             names += norm_names(model, names)
         peft_config.modules_to_save = list(dict.fromkeys(names)) or None
+        check_modules_are_loaded(peft_config.modules_to_save)
         check_targets(model, peft_config, partial(self._check_target_module_exists, peft_config))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import reduce
 from typing import Any
 
 import torch
@@ -107,10 +108,20 @@ class LorettaRepLinear(LorettaLayer):
     def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [in, r] and B [r, out], materialised in the cores' dtype, without the scaling."""
         a, b = self._train("A", adapter_name).matrix(), self._train("B", adapter_name).matrix()
+        return a, self._all_columns(b, adapter_name)
+
+    @torch.no_grad()
+    def narrow_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [in, k] and B [k, out] of the same product, where k is the least of r and the waists of both trains."""
+        chain = [*self._train("A", adapter_name).halves(), *self._train("B", adapter_name).halves()]
+        cut = min((1, 2, 3), key=lambda position: len(chain[position]))
+        a, b = reduce(torch.matmul, chain[:cut]), reduce(torch.matmul, chain[cut:])
+        return a, self._all_columns(b, adapter_name)
+
+    def _all_columns(self, b: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """B [k, out] from its enabled columns; the others are zero."""
         columns = self._enabled_columns(adapter_name, b.device)
-        if columns is not None:
-            b = b.new_zeros(b.shape[0], self.out_features).index_copy(1, columns, b)
-        return a, b
+        return b if columns is None else b.new_zeros(len(b), self.out_features).index_copy(1, columns, b)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to the base weight, in that weight's layout."""

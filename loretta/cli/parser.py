@@ -238,6 +238,8 @@ def _plan(parser: Parser) -> None:
 
 def _export(parser: Parser) -> None:
     _add_conversion(parser, "folder of the LoRA checkpoint")
+    readers = ("peft", "vllm", "sglang", "llama.cpp")
+    parser.add_argument("--for", dest="target", choices=readers, default="peft", help="who reads it (default: peft)")
 
 
 def _merge(parser: Parser) -> None:

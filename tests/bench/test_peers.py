@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
 
+import bench.conftest
 import bench.peers
 from bench import upstream
 from bench.operators import Measurement
@@ -80,3 +82,21 @@ def test_without_upstream_the_message_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(upstream, "FOLDER", tmp_path / "absent")
     with pytest.raises(upstream.Unavailable, match="make peers"):
         upstream.load()
+
+
+@pytest.mark.parametrize("installed", [None, "0.1.0"], ids=["absent", "installed"])
+def test_the_results_name_the_upstream_that_is_there(installed, tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream, "FOLDER", tmp_path / "peer" / "loretta")
+    if installed:
+        (tmp_path / "peer" / "loretta-0.1.0.dist-info").mkdir(parents=True)
+        (tmp_path / "peer" / "loretta-0.1.0.dist-info" / "METADATA").write_text(
+            f"Name: loretta\nVersion: {installed}\n"
+        )
+
+    class Config:
+        def getoption(self, name: str):
+            return {"--device": "cpu", "--part": "", "--grid": "quick", "--results": tmp_path}[name]
+
+    bench.conftest._write(Config(), "tt_linear", [])
+    (results,) = tmp_path.rglob("tt_linear.json")
+    assert json.loads(results.read_text())["versions"]["upstream"] == (installed and f"loretta {installed}")

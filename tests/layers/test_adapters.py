@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta._versions import LOAD_ADAPTER_DROPS_MODULES
 from tests.tiny_models import tiny_batch, tiny_model
 
 TASK = "CAUSAL_LM"
@@ -229,6 +230,7 @@ def test_adapters_load_beside_each_other_and_on_the_meta_device(config, tmp_path
     loaded.load_adapter(tmp_path / "one", adapter_name="two")
     loaded.set_adapter("two")
     assert torch.equal(logits(loaded), expected)
-    plain = tiny_model("llama")
-    plain.load_adapter(str(tmp_path / "one"))
-    assert torch.equal(logits(plain), expected)
+    if not LOAD_ADAPTER_DROPS_MODULES:
+        plain = tiny_model("llama")
+        plain.load_adapter(str(tmp_path / "one"))
+        assert torch.equal(logits(plain), expected)

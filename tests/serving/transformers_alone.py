@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_models import tiny_logits
 
 torch.set_num_threads(1)
-root = json.load(sys.stdin)
-for name in ("rep", "rep-without-norms"):
+root, names = json.load(sys.stdin)
+for name in names:
     model = AutoModelForCausalLM.from_pretrained(root + "/base", attn_implementation="eager")
     model.load_adapter(f"{root}/{name}/lora")
     torch.save(tiny_logits(model.eval(), "CAUSAL_LM"), f"{root}/{name}/transformers.pt")
