@@ -12,6 +12,7 @@ import torch
 from loretta_kernels import ACTIVATIONS, TTShape, backend
 from loretta_kernels.selfcheck import check, random_problem
 from tests.kernels.problems import OPERATORS
+from tests.triton.conftest import ARCHITECTURES
 
 pytest.importorskip("triton")
 
@@ -35,10 +36,12 @@ def train(random: Random, i: list[int], o: list[int]) -> TTShape:
     return TTShape(i, o, [random.randint(1, 6) for _ in range(len(i) + len(o) - 1)], gains)
 
 
-@pytest.mark.parametrize("number", range(CASES // len(ROWS)))
-def test_any_trains(number, executor):
-    if number % 2 == (executor.arch == "sm_90"):
-        pytest.skip("on the other architecture")
+@pytest.mark.parametrize(
+    ("executor", "number"),
+    [(ARCHITECTURES[number % 2], number) for number in range(CASES // len(ROWS))],
+    indirect=["executor"],
+)
+def test_any_trains(number):
     random = Random(number)
     operator = random.choice(OPERATORS)
     bottleneck = modes(random, 64)
