@@ -94,7 +94,7 @@ def test_move_from_upstream(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     (tmp_path / "runs" / "old").symlink_to(FIXTURES / "llama-adp")
     run_page("from-upstream.md")
     said = capsys.readouterr().out
-    assert "adp {'8x768': TTShape(in_modes=(8,), out_modes=(8, 12, 8), ranks=(5, 5, 5))} []" in said
+    assert "adp {'8x768': TTShape(in_modes=(8,), out_modes=(8, 12, 8), ranks=(5, 5, 5), gains=(0, 0))} []" in said
     assert "trainable params: " in said
 
 

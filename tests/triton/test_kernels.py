@@ -22,10 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 one_architecture = pytest.mark.parametrize("executor", ["sm_90"], indirect=True)
 SHAPES = {
     "three-modes": ("tt_adapter", (TTShape((8, 6, 5), (8, 3), 5), TTShape((3, 8), (5, 6, 8), 5)), 21),
-        "tt_adapter",
-        (TTShape((8, 6, 5), (8, 3), 5), TTShape((3, 8), (5, 6, 8), 5)),
-        21,
-    ),
     "four-modes-and-one": ("tt_adapter", (TTShape((5, 4, 6, 4), (8,), 2), TTShape((8,), (4, 6, 4, 5), 2)), 3),
     "rank-that-fills-a-tile": ("tt_adapter", square(160, 64, 16), 5),
     "prime-sizes": ("tt_adapter", square(23, 5, 2), 67),
