@@ -101,7 +101,7 @@ def apply(call: Call) -> Tensor:
 
 def apply_again(x: Any, down: Any, up: Any, activation: str, scale: Any, residual: Any) -> Tensor | None:
     """y without gradients of arguments that PyTorch's path has served before; None where it did not."""
-    if _dispatch.forced() == "triton" or _is_transformed() or torch.is_autocast_enabled("cpu"):
+    if _dispatch.forced() not in ("auto", "torch") or _is_transformed() or torch.is_autocast_enabled("cpu"):
         return None
     return again(x, down, up, activation, scale, residual, _is_plain)
 
