@@ -1,4 +1,4 @@
-"""The operators as definitions: plain autograd, any dtype. For reading, and the oracle of the tests.
+"""The operators as definitions: plain autograd, any dtype. Written to be read, and the oracle of the tests.
 
 Everything is computed in x's dtype; give fp64 tensors for the truth. `mask` stands where the operators have `dropout_p`
 and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for the others.
