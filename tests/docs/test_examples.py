@@ -29,6 +29,12 @@ def own(package: Any) -> list[Any]:
 
 
 PUBLIC = [*own(loretta), *own(loretta_kernels), loretta_kernels.TTShape.for_matrix, *LAYERS, tt_svd]
+PUBLIC += [loretta_kernels.reference]
+
+
+def name_of(thing: Any) -> str:
+    """A function's, a class's or a module's name."""
+    return getattr(thing, "__qualname__", thing.__name__)
 
 
 @pytest.fixture
@@ -51,11 +57,11 @@ def folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("folders")
-@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__qualname__)
+@pytest.mark.parametrize("thing", PUBLIC, ids=name_of)
 def test_the_example_of_a_public_name_runs(thing: Any, names: dict[str, Any]) -> None:
     text = thing.__doc__ or ""
     assert "Example:\n" in text
-    example = doctest.DocTestParser().get_doctest(text, names, thing.__qualname__, None, None)
+    example = doctest.DocTestParser().get_doctest(text, names, name_of(thing), None, None)
     assert example.examples
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     said: list[str] = []

@@ -53,6 +53,17 @@ def test_python_runs_as_written(page: str, tmp_path: Path, monkeypatch: pytest.M
         assert (tmp_path / "model.pt").is_file()
 
 
+def test_the_pages_on_the_api_have_arguments_and_examples(tmp_path: Path) -> None:
+    pdoc = pytest.importorskip("pdoc")
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc("loretta_kernels", "loretta_kernels.nn", "!loretta_kernels.explain", output_directory=tmp_path)
+    functions, layers = ((tmp_path / f"loretta_kernels{page}.html").read_text(encoding="utf-8") for page in ("", "/nn"))
+    for page, name in ((functions, "tt_adapter"), (functions, "TTShape"), (layers, "TTLoRA")):
+        (section,) = re.findall(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+        assert "Arguments:" in section
+        assert "Example:" in section
+
+
 def test_the_operators_come_without_transformers_and_peft() -> None:
     work = """
 import sys
