@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
-from loretta.cli.options import Parser
 
 import loretta_kernels
 from bench import selfcheck
 from loretta.cli import check
+from loretta.cli.parser import make_parser
 from loretta_kernels.selfcheck import Row
 from tests.bench.processes import run_python
 
 right = loretta_kernels.tt_linear
 
 
-def slightly_wrong(x, cores, shape, bias):
+def slightly_wrong(x, train):
     """A bias that is off by a thousandth, and so its gradient."""
-    return right(x, cores, shape, bias * 1.001)
+    return right(x, replace(train, bias=train.bias * 1.001))
 
 
 @pytest.fixture
 def loretta_check() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    check.add_parser(parser.add_subparsers(parser_class=Parser))
-    return parser.parse_args(["check", "--cpu", "--json"])
+    return make_parser().parse_args(["check", "--cpu", "--json"])
 
 
 def test_passes_what_is_right(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +40,8 @@ def test_covers_every_output_and_gradient(capsys: pytest.CaptureFixture[str]) ->
     rows = json.loads(capsys.readouterr().out)["rows"]
     answers = {(row["operator"], row["answer"]) for row in rows if row["dtype"] == "bfloat16"}
     assert answers == {
-        *(("tt_linear", name) for name in ("y", "dx", "dcores", "dbias")),
-        *(("tt_lora", name) for name in ("y", "dx", "da", "db", "dscale", "dresidual")),
+        *(("tt_linear", name) for name in ("y", "dx", "ddown", "ddown_bias")),
+        *(("tt_lora", name) for name in ("y", "dx", "ddown", "dup", "dscale", "dresidual")),
         *(("tt_adapter", name) for name in ("y", "dx", "ddown", "ddown_bias", "dup", "dup_bias", "dscale")),
     }
 
@@ -50,7 +49,7 @@ def test_covers_every_output_and_gradient(capsys: pytest.CaptureFixture[str]) ->
 def test_fails_on_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(loretta_kernels, "tt_linear", slightly_wrong)
     assert selfcheck.main(["--classes", "cls 768 5"]) == 1
-    assert "cls 768 5, float32: dbias is off by 1.0e-03" in capsys.readouterr().out
+    assert "cls 768 5, float32: ddown_bias is off by 1.0e-03" in capsys.readouterr().out
 
 
 def test_not_a_number_is_a_miss() -> None:
@@ -66,7 +65,7 @@ def test_passes_the_kernels_in_the_interpreter() -> None:
 
 
 def test_loretta_check_passes(loretta_check: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
-    loretta_check.run(loretta_check)
+    check.run(loretta_check)
     assert json.loads(capsys.readouterr().out)["passed"]
 
 
@@ -75,6 +74,6 @@ def test_loretta_check_fails_on_a_wrong_operator(
 ) -> None:
     monkeypatch.setattr(loretta_kernels, "tt_linear", slightly_wrong)
     with pytest.raises(SystemExit) as stop:
-        loretta_check.run(loretta_check)
+        check.run(loretta_check)
     assert stop.value.code == 1
     assert not json.loads(capsys.readouterr().out)["passed"]
