@@ -1,1 +1,1 @@
-"""The `loretta` command line: one module per command, and what the commands share."""
+"""The `loretta` command line: modules with a `run` for the commands, and what they share."""
