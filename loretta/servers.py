@@ -42,9 +42,7 @@ def check_servable(
     """
     reasons = list(_of_any_server(model, config, layers))
     if has_bias:
-        reasons.append(
-            "it takes no bias in a LoRA, and this adapter's trains have biases: merge the adapter"
-        )
+        reasons.append("it takes no bias in a LoRA, and this adapter's trains have biases: merge the adapter")
     if server == "vllm" and rank > VLLM_MAX_RANK:
         reasons.append(f"its --max-lora-rank is at most {VLLM_MAX_RANK}, and this adapter has rank {rank}")
     if server == "sglang":
