@@ -32,11 +32,7 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What this command line recorded about a folder that it wrote; empty for any other folder.
-
-    Raises:
-        UserError: the record is damaged.
-    """
+    """What this command line recorded about a folder that it wrote; empty for any other folder."""
     file = folder / RECORD
     record = read_object(file) if file.is_file() else {}
     for name, (is_right, wanted) in RECORDED.items():
@@ -75,9 +71,7 @@ def read_object(file: Path) -> dict[str, Any]:
 def load_with_adapter(base: Base, tokenizer: Any, adapter: str | None) -> Any:
     """The base model, with a saved adapter, LoRETTA or plain LoRA, on it if one is given.
 
-    Raises:
-        UserError: the adapter cannot be read, does not fit, lacks a tensor, or holds one that is not finite: PEFT
-            would load integers, infinities or nothing at all without an error.
+    PEFT would load integers, infinities, or nothing where a tensor is missing, without an error.
     """
     model = load_base(base, tokenizer)
     if adapter is None:

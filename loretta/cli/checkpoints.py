@@ -57,9 +57,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to resume from (None: from the start), and the content of the run's file.
 
-    Raises:
-        UserError: for --resume with no unfinished run or with other settings, and for a new run that would delete an
-            unfinished one.
+    A new run must not delete an unfinished one, and a resumed one must have its settings.
     """
     checkpoint = newest_complete(output.checkpoints)
     if not resume:

@@ -40,11 +40,7 @@ def on_cpu() -> bool:
 
 
 def connect() -> None:
-    """Join the process group of the launcher, if there is one.
-
-    Raises:
-        UserError: where accelerate would go on without one, or would ignore the FSDP or DeepSpeed asked for.
-    """
+    """Join the launcher's process group, if there is one, and refuse what accelerate would ignore silently."""
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), engine()
     if wanted != "none" and on_cpu():
         raise UserError(

@@ -78,9 +78,6 @@ def encode(rows: Rows, tokenizer: Any, seq_len: int, labels: list[str] | None = 
 
     Args:
         labels: the classes of labelled rows, none for a regression.
-
-    Raises:
-        UserError: where a row cannot be encoded, or nothing is left to learn from.
     """
     items, cut, dropped = list[dict[str, Any]](), 0, 0
     if rows.kind == "text":

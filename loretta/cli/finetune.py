@@ -120,7 +120,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     trainable = sum(distributed.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
     def measure(title: str) -> dict[str, float]:
-        return evaluate(model, held_items, collator, args.batch_size, base.labels, title)
+        return evaluate(model, held_items, collator, args.per_device_train_batch_size, base.labels, title)
 
     def on_start() -> None:
         if args.packing:
@@ -148,7 +148,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         "method": args.method,
         **asdict(base),
         "seq_len": seq_len,
-        "batch_size": args.batch_size,
+        "batch_size": args.per_device_train_batch_size,
         "processes": PartialState().num_processes,
         "rows": {"training": examples.counts(), "held_out": held_out.counts()},
         "trainable_parameters": trainable,

@@ -49,9 +49,6 @@ def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant:
 
     Args:
         quant: "4bit", "8bit" or None, as it is loaded.
-
-    Raises:
-        UserError: where no such folder or file exists and the name is no hub id, and where it cannot be quantised.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file() and gguf is None:
@@ -155,23 +152,13 @@ def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:
 
 
 def skeleton(config: Any, task: str, name: str, **options: Any) -> Any:
-    """The model of a transformers configuration on the meta device: every shape, no weight.
-
-    `options` are from_config's, such as dtype and attn_implementation.
-
-    Raises:
-        UserError: where there is no such model for the task.
-    """
+    """The model of a transformers configuration on the meta device; `options` are from_config's, such as dtype."""
     with torch.device("meta"), refusing(f"{name}: no {task} model of this kind", ValueError):
         return AUTO_MODELS[task].from_config(config, **options)
 
 
 def check_method_options(args: argparse.Namespace, methods: Collection[str]) -> None:
-    """Refuse an option that none of the methods has ("lora" shares rep's).
-
-    Raises:
-        UserError: naming the option and its method.
-    """
+    """Refuse an option that none of the methods has ("lora" shares rep's)."""
     owned = {"adp", "rep"} & {"rep" if method == "lora" else method for method in methods}
     for flag, option in METHOD_OPTIONS.items():
         if getattr(args, method_dest(flag)) is not None and not owned & option.keys():
@@ -180,11 +167,7 @@ def check_method_options(args: argparse.Namespace, methods: Collection[str]) -> 
 
 
 def method_config(args: argparse.Namespace, method: str, task: str) -> Any:
-    """The configuration of a method, from its options.
-
-    Raises:
-        UserError: for a value that the configuration refuses.
-    """
+    """The configuration of a method, from its options; an error names the option."""
     fields = {option[method]: flag for flag, option in METHOD_OPTIONS.items() if method in option}
     values = {field: getattr(args, method_dest(flag)) for field, flag in fields.items()}
     given = {field: value for field, value in values.items() if value is not None}
@@ -200,11 +183,7 @@ def method_config(args: argparse.Namespace, method: str, task: str) -> Any:
 
 
 def wrapped(model: Any, config: Any, **options: Any) -> Any:
-    """The model with its adapter; `options` are get_peft_model's.
-
-    Raises:
-        UserError: where the model has no such targets, or they cannot be adapted.
-    """
+    """The model with its adapter; `options` are get_peft_model's."""
     with refusing("the method does not fit this model", TypeError, ValueError):
         # DeepSpeed takes one dtype for all that is trained, the base's, and keeps a float32 copy itself
         return get_peft_model(model, config, **{"autocast_adapter_dtype": engine() != "deepspeed"} | options)
@@ -228,11 +207,7 @@ def base_only(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Refuse to pack rows where the model lets a row see those before it.
-
-    Raises:
-        UserError: where the second of two rows in one sequence gets other logits after another first row.
-    """
+    """Refuse to pack rows if the second of two rows in one sequence has other logits after another first row."""
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 3, 4]], device=model.device)
     with refusing("--packing does not go with this model", TypeError):

@@ -20,10 +20,8 @@ class OutputFolder:
     """The exclusive right to write one folder, from entering to leaving.
 
     `new` is the folder to fill before `publish()`, which adds `logs` to it if there are any; `checkpoints`, `logs` and
-    `run_file` stay in place when the process dies.
-
-    Raises:
-        UserError: on entering, where the folder was not written by this command line or another process writes it.
+    `run_file` stay in place when the process dies. Entering fails where the folder was not written by this command line
+    or another process writes it.
     """
 
     def __init__(self, path: str):

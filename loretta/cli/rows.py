@@ -73,14 +73,11 @@ class Rows:
 
 
 def read_rows(sources: Sequence[str], task: str, columns: Mapping[str, str] | None = None) -> Rows:
-    """Read files or hub data sets for task "causal_lm" or "seq_cls".
+    """Read files or hub data sets for task "causal_lm" or "seq_cls"; errors name the file and the line.
 
     Args:
         sources: paths, or hub ids as ID[:CONFIG[:SPLIT]].
-        columns: the names of fields in the data, by the names that they have here.
-
-    Raises:
-        UserError: naming the file and the line for whatever cannot be used.
+        columns: the names of columns in the data, by the names of fields here.
     """
     kind, rows = "", list[Row]()
     for source in sources:

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +25,36 @@ def training_arguments(args: argparse.Namespace, output: OutputFolder, dtype: st
     """The Trainer's arguments; to be made before the model, which transformers then loads as the engine needs it.
 
     Args:
-        args: of `loretta finetune`.
+        args: of `loretta finetune`; those that have the name of a field are passed on.
         dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes, and
             float16 needs scaled gradients.
-
-    Raises:
-        UserError: where transformers refuses one of them.
     """
     if dtype == "float16" and on_cpu():
         raise UserError("--dtype float16 trains on accelerators only; on a CPU take float32 or bfloat16")
     with refusing("transformers refuses an option", ImportError, RuntimeError, ValueError):
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # its error names a missing package
-        return TrainingArguments(
-            output_dir=str(output.checkpoints),
-            learning_rate=args.lr,
-            max_steps=args.steps or -1,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.grad_accum,
-            weight_decay=args.weight_decay,
-            lr_scheduler_type=args.lr_schedule,
-            warmup_steps=args.warmup,
-            optim=args.optim,
-            seed=args.seed,
-            gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
-            save_strategy="steps" if args.save_steps else "no",
-            save_steps=args.save_steps or 1,
-            save_total_limit=2,
-            eval_strategy="steps" if args.eval_steps else "no",
-            eval_steps=args.eval_steps,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            report_to=args.report_to or "none",
-            remove_unused_columns=False,
-            dataloader_pin_memory=not on_cpu(),
-            label_names=["labels"],
-            use_cpu=on_cpu(),
-            bf16=dtype == "bfloat16" and engine() != "none",
-            fp16=dtype == "float16",
-        )
+        fixed = {
+            "output_dir": str(output.checkpoints),
+            "max_steps": args.steps or -1,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if args.gradient_checkpointing else None,
+            "save_strategy": "steps" if args.save_steps else "no",
+            "save_steps": args.save_steps or 1,
+            "save_total_limit": 2,
+            "eval_strategy": "steps" if args.eval_steps else "no",
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,
+            "report_to": args.report_to or "none",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": not on_cpu(),
+            "label_names": ["labels"],
+            "use_cpu": on_cpu(),
+            "bf16": dtype == "bfloat16" and engine() != "none",
+            "fp16": dtype == "float16",
+        }
+        names = {field.name for field in fields(TrainingArguments)}
+        return TrainingArguments(**{name: value for name, value in vars(args).items() if name in names} | fixed)
 
 
 def train(
