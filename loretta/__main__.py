@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from loretta.cli.errors import UserError
 from loretta.cli.parser import make_parser
-from loretta.cli.report import say
+from loretta.cli.report import UserError, log
 
+MODULES = {"params": "plan"} | dict.fromkeys(("merge", "export", "convert", "compress"), "conversions")
 LIBRARIES = ("bitsandbytes", "huggingface_hub", "torchao", "transformers")  # they log warnings while they are used
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _load(args).run(args)
     except UserError as error:
-        say(f"loretta {args.command}: error: {error}")
+        log(f"loretta {args.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
         print(f"\nloretta {args.command}: interrupted", file=sys.stderr)
@@ -38,7 +38,7 @@ def _load(args: Namespace) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            command = import_module(f"loretta.cli.{args.command}")
+            command = import_module(f"loretta.cli.{MODULES.get(args.command, args.command)}")
     finally:
         logging.disable(logging.NOTSET)
     for name in LIBRARIES:

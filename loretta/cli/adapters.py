@@ -1,29 +1,27 @@
-"""Saved adapters: which base they belong to, loading them on it, and turning them into something else."""
+"""Saved adapters: which base they belong to, and loading them on it."""
 
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 from safetensors.torch import load_file
 
-from loretta.cli.errors import UserError, refusing
-from loretta.cli.models import Base, explaining, load_base, load_tokenizer, make_base
-from loretta.cli.output import RECORD, OutputFolder
-from loretta.cli.parser import DTYPES, QUANTS, TASKS
-from loretta.cli.report import say
+from loretta.cli.models import AUTO_MODELS, Base, explaining, load_base, make_base
+from loretta.cli.output import RECORD
+from loretta.cli.parser import DTYPES
+from loretta.cli.report import UserError, refusing
 
-# What is read back from a record: name -> test, what is accepted.
+# What is read from a record: name -> whether a value is accepted, and the accepted values in words.
 RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gguf": (lambda value: value is None or isinstance(value, str), "a file name or null"),
-    "task": (lambda value: value in TASKS, f"one of {', '.join(TASKS)}"),
+    "task": (lambda value: value in list(AUTO_MODELS), f"one of {', '.join(AUTO_MODELS)}"),
     "dtype": (lambda value: value in DTYPES.values(), f"one of {', '.join(DTYPES.values())}"),
-    "quant": (lambda value: value is None or value in list(QUANTS), f"null or one of {', '.join(QUANTS)}"),
+    "quant": (lambda value: value in (None, "4bit", "8bit"), "null, 4bit or 8bit"),
     "labels": (
         lambda value: value is None or (isinstance(value, list) and all(type(label) is str for label in value)),
         "a list of strings or null",
@@ -33,61 +31,10 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A loaded adapter, what is known of it, and the folder that takes the result."""
-
-    model: Any
-    tokenizer: Any
-    record: dict[str, Any]
-    output: OutputFolder
-
-
-@contextmanager
-def new_folder(adapter: str, path: str) -> Iterator[OutputFolder]:
-    """The folder of what is made out of an adapter: put into `new`, it is swapped in at the end.
-
-    Raises:
-        UserError: where it is the adapter's own folder, and for what a conversion refuses.
-    """
-    if Path(adapter).expanduser().resolve() == Path(path).expanduser().resolve():
-        raise UserError(f"{path}: is the adapter itself; choose another folder")
-    with OutputFolder(path) as output:
-        with refusing(adapter, OSError, TypeError, ValueError, UserWarning):
-            yield output
-        output.publish()
-
-
-@contextmanager
-def conversion(args: argparse.Namespace, undoable: str) -> Iterator[Conversion]:
-    """Load the adapter on its base; what is then put into `output.new` is swapped in at the end.
-
-    Args:
-        undoable: what cannot be done to an adp adapter with a nonlinearity.
-    """
-    base = adapter_base(args.adapter, args)
-    if base.quant != args.quant:
-        say(f"the adapter was trained on a {base.quant} base; --load-in-{base.quant} quantises it here too")
-        base = replace(base, quant=None)
-    folder = Path(args.adapter).expanduser()
-    config = _read_object(folder / "adapter_config.json")
-    if config.get("peft_type") == "LORETTA_ADP" and config.get("non_linearity") not in ("identity", "linear"):
-        raise UserError(f"{args.adapter}: an adp adapter cannot be {undoable}: it has a nonlinearity inside")
-    with new_folder(args.adapter, args.output) as output:
-        tokenizer = load_tokenizer(base)
-        say(f"loading {base.model}")
-        model = load_adapter(load_base(base, tokenizer), args.adapter)
-        yield Conversion(model, tokenizer, read_record(folder), output)
-
-
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `loretta finetune`, `merge` or `export` wrote about a folder; empty where something else made it.
-
-    Raises:
-        UserError: the file is there and damaged.
-    """
+    """What this command line recorded about a folder that it wrote; empty for any other folder."""
     file = folder / RECORD
-    record = _read_object(file) if file.is_file() else {}
+    record = read_object(file) if file.is_file() else {}
     for name, (is_right, wanted) in RECORDED.items():
         if name in record and not is_right(record[name]):
             raise UserError(f"{file}: {name} must be {wanted}, not {record[name]!r}"[:300])
@@ -99,7 +46,7 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: no adapter there (no adapter_config.json)")
-    config = _read_object(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     record = read_record(folder)
     name = args.model or config.get("base_model_name_or_path")
     if not name:
@@ -112,7 +59,7 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     return replace(make_base(name, gguf, task, dtype, quant), labels=record.get("labels"))
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file, or an error that names the file."""
     with refusing(f"{file}: cannot be read as JSON", OSError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -121,13 +68,14 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_adapter(model: Any, adapter: str) -> Any:
-    """Put a saved adapter, LoRETTA or plain LoRA, on its base.
+def load_with_adapter(base: Base, tokenizer: Any, adapter: str | None) -> Any:
+    """The base model, with a saved adapter, LoRETTA or plain LoRA, on it if one is given.
 
-    Raises:
-        UserError: where it cannot be read, does not fit, lacks a tensor, or holds one that is not finite: PEFT would
-            copy integers, infinities or nothing at all into the model without a word.
+    PEFT would load integers, infinities, or nothing where a tensor is missing, without an error.
     """
+    model = load_base(base, tokenizer)
+    if adapter is None:
+        return model
     folder = Path(adapter).expanduser().resolve()
     file = folder / "adapter_model.safetensors"
     with explaining(adapter, "adapter"), warnings.catch_warnings():

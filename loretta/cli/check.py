@@ -1,7 +1,6 @@
 """`loretta check`: whether every operator computes what it should on this machine, and on a GPU how fast."""
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 import loretta_kernels
+from loretta.cli.report import print_result
 from loretta_kernels.selfcheck import (
     DTYPES,
     adapter_case,
@@ -42,11 +42,9 @@ def run(args: argparse.Namespace) -> None:
             timings = [line for case in cases for line in time_against_copy(case, MANY_ROWS, torch.bfloat16, device)]
     missed = any(row.missed for row in rows)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    if args.json:
-        result = {"device": where, "torch": torch.__version__, "passed": not missed}
-        result |= {"rows": [asdict(row) for row in rows], "timings": [asdict(timing) for timing in timings]}
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print(f"{where}, torch {torch.__version__}, {backend}\n\n{report(rows, timings, args.all)}")
+    result = {"device": where, "torch": torch.__version__, "passed": not missed}
+    result |= {"rows": [asdict(row) for row in rows], "timings": [asdict(timing) for timing in timings]}
+    text = f"{where}, torch {torch.__version__}, {backend}\n\n{report(rows, timings, args.all)}"
+    print_result(result, text, args.json)
     if missed:
         sys.exit(1)

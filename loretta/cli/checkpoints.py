@@ -1,4 +1,4 @@
-"""Which checkpoint a run may go on from, and whether it is the same run."""
+"""Which checkpoint a run may be resumed from, and whether it is the same run."""
 
 import hashlib
 import json
@@ -7,41 +7,38 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError
 from loretta.cli.output import OutputFolder, write_json
-from loretta.cli.report import say
+from loretta.cli.report import UserError, log
 
 SEAL = "complete.json"
-NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(checkpoint: Path) -> None:
-    """Record that a checkpoint is complete: every file in it and its size, written when all others are there.
+    """Record that a checkpoint is complete: every file in it and its size, written after all others.
 
-    transformers writes trainer_state.json last, but in a run of several processes only process 0 does so, and no name
-    says whether a file was cut short.
+    transformers writes trainer_state.json last, but in a run of several processes only process 0 does so, and a file's
+    name does not tell whether it is truncated.
     """
     write_json(checkpoint / SEAL, _sizes(checkpoint))
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None; those that are not complete are said and removed."""
-    steps = {}
+    """The checkpoint of the highest step, or None; incomplete ones are named and removed."""
+    complete = {}
     for path in sorted(folder.glob("checkpoint-*")):
-        step = NAME.fullmatch(path.name)
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if step is None:
             continue
-        lack = _lack(path)
-        if lack is None:
-            steps[int(step[1])] = path
-        else:
-            say(f"{path}: is not complete ({lack}); it is not used")
+        if problem := _incomplete(path):
+            log(f"{path}: is not complete ({problem}); it is not used")
             shutil.rmtree(path)
-    return steps[max(steps)] if steps else None
+        else:
+            complete[int(step[1])] = path
+    return complete[max(complete)] if complete else None
 
 
-def _lack(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks; None where it is as it was when it was sealed."""
+def _incomplete(checkpoint: Path) -> str | None:
+    """Which files of a checkpoint are missing or changed; None if it is as it was sealed."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -58,11 +55,9 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from (None: from the start), and what the run's file says.
+    """The checkpoint to resume from (None: from the start), and the content of the run's file.
 
-    Raises:
-        UserError: for --resume with no run to go on with or with other settings, and for a new run where an
-            unfinished one would be lost.
+    A new run must not delete an unfinished one, and a resumed one must have its settings.
     """
     checkpoint = newest_complete(output.checkpoints)
     if not resume:
@@ -74,8 +69,8 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
         shutil.rmtree(output.logs, ignore_errors=True)
         return None, {"settings": settings}
     if checkpoint is None and not output.run_file.exists():
-        finished = "the run there is finished" if output.path.exists() else "no complete checkpoint there"
-        raise UserError(f"{output.path}: nothing to resume: {finished}")
+        reason = "the run there is finished" if output.path.exists() else "no complete checkpoint there"
+        raise UserError(f"{output.path}: nothing to resume: {reason}")
     try:
         run = json.loads(output.run_file.read_text(encoding="utf-8"))
         before = run["settings"]
@@ -85,11 +80,11 @@ def start_or_resume(output: OutputFolder, settings: dict[str, Any], resume: bool
     if changed:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in changed)
         raise UserError(f"{output.path}: --resume needs the settings of the run it continues: {shown}")
-    say(f"going on from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from step 0")
+    log(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from step 0")
     return checkpoint, run
 
 
 def fingerprint(path: str) -> str:
-    """A file's content as a short hash, so that a changed file is noticed; a hub id stands for itself."""
+    """A short hash of a file's content, so that a changed file is noticed; a hub id stands for itself."""
     file = Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else path

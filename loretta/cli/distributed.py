@@ -1,4 +1,4 @@
-"""One run in several processes: joining them, agreeing on errors, and gathering what is sharded."""
+"""One run in several processes: connecting them, raising errors in all of them, gathering sharded tensors."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loretta.cli.errors import UserError, refusing
+from loretta.cli.report import UserError, refusing
 
 
 def engine() -> str:
-    """Who places the model: "fsdp" or "deepspeed" as `accelerate launch` asks by its variables, else "none"."""
+    """What shards the model: "fsdp" or "deepspeed", as `accelerate launch` sets in the environment, else "none"."""
     return next((name for name in ("fsdp", "deepspeed") if _asked(name)), "none")
 
 
@@ -25,25 +25,22 @@ def _asked(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what.upper()}", "false").lower() in ("1", "true")
 
 
-def accelerator() -> torch.device | None:
-    """The accelerator of this machine, or None.
+def device() -> torch.device:
+    """The accelerator that the Trainer will use, or the CPU.
 
-    PyTorch built for CUDA names "cuda" as current_accelerator() without a GPU, too, and 2.6 raises there.
+    PyTorch built for CUDA names "cuda" as current_accelerator() without a GPU, too.
     """
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def on_cpu() -> bool:
     """Whether accelerate must be told to use the CPU; it connects no processes there by itself."""
-    return _asked("cpu") or (accelerator() is None and engine() == "none")
+    return _asked("cpu") or (device().type == "cpu" and engine() == "none")
 
 
 def connect() -> None:
-    """Join the process group of the launcher, if there is one.
-
-    Raises:
-        UserError: where accelerate would go on without one, or would ignore the FSDP or DeepSpeed asked for.
-    """
+    """Join the launcher's process group, if there is one, and refuse what accelerate would ignore silently."""
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), engine()
     if wanted != "none" and on_cpu():
         raise UserError(
@@ -72,7 +69,7 @@ def disconnect() -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Where one process raises a UserError, all raise it, so that none waits for another that is gone."""
+    """Where one process raises a UserError, all raise it, so that none waits for one that has ended."""
     error: UserError | None = None
     try:
         yield
@@ -95,7 +92,7 @@ def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the last layers stay whole after a forward
+            module.reshard()  # after a forward the last layers are still gathered
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if any(hasattr(value, "ds_id") for value in trained.values()):
         import deepspeed

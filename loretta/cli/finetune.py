@@ -13,40 +13,25 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import DataCollatorWithFlattening, set_seed
 
-from loretta.cli import distributed
+from loretta.cli import distributed, models
 from loretta.cli.checkpoints import fingerprint, start_or_resume
-from loretta.cli.encode import Collator, encode, label_names
-from loretta.cli.errors import UserError, need
-from loretta.cli.method import check_method_options, method_config
-from loretta.cli.metrics import evaluate, main_metric
-from loretta.cli.models import (
-    Base,
-    base_only,
-    check_packing,
-    load_base,
-    load_config,
-    load_tokenizer,
-    make_base,
-    skeleton,
-    usable_seq_len,
-    wrapped,
-)
+from loretta.cli.encode import encode, label_names, make_collator
+from loretta.cli.eval import evaluate, main_metric
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
-from loretta.cli.plot import plot_losses
-from loretta.cli.report import is_main, say, show, shown_bytes, shown_scores
+from loretta.cli.report import UserError, is_main, log, need, print_result, score_texts, size_text, table
 from loretta.cli.rows import Rows, read_rows
-from loretta.cli.training import train, training_arguments
+from loretta.cli.training import plot_losses, train, training_arguments
 
-# Options that may differ between a run and the one that goes on with it.
+# Options that may differ between a run and the one that resumes it.
 FREE = {"command", "output", "save_steps", "resume", "plot", "eval_steps", "report_to", "threads", "json"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run with everything that is checked before anything is loaded."""
+    """A run whose options and data are checked; nothing is loaded yet."""
 
     args: argparse.Namespace
-    base: Base
+    base: models.Base
     config: Any
     rows: Rows
     held_rows: Rows
@@ -66,7 +51,7 @@ class Job:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked first, then train, then swap the result in.
 
-    Of several processes all train, and the first one alone writes and speaks.
+    Of several processes all train, and only the first one writes and prints.
     """
     distributed.connect()
     with ExitStack() as stack:
@@ -81,18 +66,18 @@ def run(args: argparse.Namespace) -> None:
         result = _train(job, output, checkpoint, record)
         if is_main():
             output.publish()
-            _show(result, args.json)
+            print_result(result, _summary(result), args.json)
     distributed.disconnect()
 
 
 def _checked(args: argparse.Namespace) -> Job:
     if args.plot:
-        need("matplotlib", "--plot", "plot")  # said before the training, not after it
+        need("matplotlib", "--plot", "plot")  # an error before the training, not after it
     if args.packing and args.task != "causal_lm":
         raise UserError(f"--packing is for rows of a language model, not for --task {args.task}")
-    check_method_options(args, [args.method])
-    config = method_config(args, args.method, args.task)
-    base = make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
+    models.check_method_options(args, [args.method])
+    config = models.method_config(args, args.method, args.task)
+    base = models.make_base(args.model, args.gguf, args.task, args.dtype, args.quant)
     rows = read_rows(args.data, args.task, dict(args.columns))
     if args.task == "seq_cls":
         base = replace(base, labels=label_names(rows))
@@ -110,49 +95,49 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     base, args = job.base, job.args
     metric = main_metric(base.labels)
     with distributed.agreed():
-        tokenizer = load_tokenizer(base)
-        seq_len = usable_seq_len(args.seq_len, base, tokenizer)
-        with torch.device("meta"):  # whether the method fits shows before any weight is loaded
-            wrapped(skeleton(load_config(base), base.task, base.model), job.config)
-        arguments = training_arguments(args, output, base.dtype)  # from here on DeepSpeed cuts up what is built
+        tokenizer = models.load_tokenizer(base)
+        seq_len = models.usable_seq_len(args.seq_len, base, tokenizer)
+        with torch.device("meta"):  # an error if the method does not fit, before any weight is loaded
+            models.wrapped(models.skeleton(models.load_config(base), base.task, base.model), job.config)
+        arguments = training_arguments(args, output, base.dtype)  # DeepSpeed shards models made from here on
         examples = encode(job.rows, tokenizer, seq_len, base.labels)
         held_out = encode(job.held_rows, tokenizer, seq_len, base.labels)
     held_items = held_out.items[: args.eval_limit]
-    collator = Collator(tokenizer)
+    collator = make_collator(tokenizer, base.labels)
 
-    say(f"loading {base.model}")
+    log(f"loading {base.model}")
     set_seed(args.seed)
-    model = load_base(base, tokenizer)
+    model = models.load_base(base, tokenizer)
     if distributed.engine() == "none":
         total = model.num_parameters()  # of a 4-bit weight numel() counts the bytes
     else:
         total = sum(map(distributed.numel, model.parameters()))
-    say(f"{len(examples.items)} examples to train on, {len(held_items)} held out, at most {seq_len} tokens each")
-    examples.say_losses("training", seq_len)
-    held_out.say_losses("held out", seq_len)
+    log(f"{len(examples.items)} examples to train on, {len(held_items)} held out, at most {seq_len} tokens each")
+    examples.log_omissions("training", seq_len)
+    held_out.log_omissions("held out", seq_len)
     set_seed(args.seed)
-    model = wrapped(model, job.config)
+    model = models.wrapped(model, job.config)
     trainable = sum(distributed.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
     def measure(title: str) -> dict[str, float]:
-        return evaluate(model, held_items, collator, args.batch_size, base.labels, title)
+        return evaluate(model, held_items, collator, args.per_device_train_batch_size, base.labels, title)
 
     def on_start() -> None:
         if args.packing:
-            check_packing(model)
+            models.check_packing(model)
         if "before" not in record:
-            with base_only(model):
+            with models.base_only(model):
                 record["before"] = measure("before")
             if is_main():
                 write_json(output.run_file, record)
-        say(f"before: {metric} {shown_scores(record['before'])[metric]}")
+        log(f"before: {metric} {score_texts(record['before'])[metric]}")
 
     packed = DataCollatorWithFlattening() if args.packing else collator
     state, seconds = train(model, examples.items, packed, arguments, output, checkpoint, on_start, measure)
     before, after = record["before"], measure("after")
     if not math.isfinite(after["loss"]):
         if is_main():
-            output.drop_checkpoints()
+            output.remove_checkpoints()
         raise UserError(f"the training diverged (held-out loss {after['loss']}); nothing was saved; lower --lr")
 
     weights = distributed.gathered(model)
@@ -163,7 +148,7 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
         "method": args.method,
         **asdict(base),
         "seq_len": seq_len,
-        "batch_size": args.batch_size,
+        "batch_size": args.per_device_train_batch_size,
         "processes": PartialState().num_processes,
         "rows": {"training": examples.counts(), "held_out": held_out.counts()},
         "trainable_parameters": trainable,
@@ -185,17 +170,16 @@ def _train(job: Job, output: OutputFolder, checkpoint: Path | None, record: dict
     return result
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _summary(result: dict[str, Any]) -> str:
+    """The result for people."""
     share = 100 * result["trainable_parameters"] / result["base_parameters"]
-    lines = [
-        ("method", result["method"]),
-        ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.3f} % of the base)"),
-        *(
-            (f"{name} {when}", text)
-            for when in ("before", "after")
-            for name, text in shown_scores(result[when]).items()
-        ),
-        ("training", f"{result['steps']} steps in {result['seconds']:.0f} s"),
-        ("adapter", f"{result['adapter']} ({shown_bytes(result['adapter_bytes'])})"),
-    ]
-    show(result, lines, as_json)
+    scores = [(name, when, text) for when in ("before", "after") for name, text in score_texts(result[when]).items()]
+    return table(
+        [
+            ("method", result["method"]),
+            ("trainable parameters", f"{result['trainable_parameters']:,} ({share:.3f} % of the base)"),
+            *((f"{name} {when}", text) for name, when, text in scores),
+            ("training", f"{result['steps']} steps in {result['seconds']:.0f} s"),
+            ("adapter", f"{result['adapter']} ({size_text(result['adapter_bytes'])})"),
+        ]
+    )

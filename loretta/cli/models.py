@@ -1,6 +1,7 @@
-"""Loads configurations, tokenizers and base models, puts a method on them, and says in one line what cannot be done."""
+"""Loads configurations, tokenizers and base models, and puts a method on them; errors are one line."""
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loretta import get_peft_model
-from loretta.cli.distributed import accelerator, engine
-from loretta.cli.errors import UserError, need, refusing
+from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta.cli.distributed import device, engine
+from loretta.cli.parser import METHOD_OPTIONS, method_dest
+from loretta.cli.report import UserError, need, one_line, refusing
 from loretta.quantised import keep_unpacked
 
 AUTO_MODELS = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
-HEADS = ("classifier", "score", "pooler", "classification_head", "pre_classifier")  # trained, so never quantised
+CONFIGS: dict[str, type] = {"adp": LorettaAdpConfig, "rep": LorettaRepConfig}
+HEADS = ["classifier", "score", "pooler", "classification_head", "pre_classifier"]  # trained, so never quantised
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Base:
     """Which base model, and how it is read: all that is needed to load it again.
 
     Attributes:
-        labels: the classes of a classifier; an empty list for a regression; None where the model itself says it.
+        labels: the classes of a classifier; an empty list for a regression; None for those that the model has.
     """
 
     model: str
@@ -41,19 +44,11 @@ class Base:
         return {"pretrained_model_name_or_path": self.model} | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def device() -> torch.device:
-    """The accelerator that the Trainer will use, or the CPU."""
-    return accelerator() or torch.device("cpu")
-
-
 def make_base(model: str, gguf: str | None, task: str, dtype: str | None, quant: str | None = None) -> Base:
-    """The base that the options name; a local folder becomes absolute, so that an adapter finds it from anywhere.
+    """The base that the options name; a local folder becomes absolute, so that a saved adapter can find it.
 
     Args:
         quant: "4bit", "8bit" or None, as it is loaded.
-
-    Raises:
-        UserError: where no such folder or file exists and the name is no hub id, and where it cannot be quantised.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file() and gguf is None:
@@ -125,16 +120,12 @@ def load_base(base: Base, tokenizer: Any) -> Any:
     if base.quant is not None:
         if is_quantised:
             raise UserError(f"{base.model}: is quantised already; leave out --load-in-{base.quant}")
-        skipped = list(HEADS) if base.task == "seq_cls" else None  # None: the output embedding
-        four_bit = {
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": base.dtype,
-        }
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             **{f"load_in_{base.quant}": True},
-            **(four_bit if base.quant == "4bit" else {}),
-            llm_int8_skip_modules=skipped,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=base.dtype,
+            llm_int8_skip_modules=HEADS if base.task == "seq_cls" else None,  # None: the output embedding
         )
     if base.quant is not None or is_quantised:
         options["device_map"] = {"": device()}  # such a model cannot be moved as a whole
@@ -161,23 +152,38 @@ def usable_seq_len(wanted: int | None, base: Base, tokenizer: Any) -> int:
 
 
 def skeleton(config: Any, task: str, name: str, **options: Any) -> Any:
-    """The model of a transformers configuration on the meta device: every shape, no weight.
-
-    `options` are from_config's, such as dtype and attn_implementation.
-
-    Raises:
-        UserError: where there is no such model for the task.
-    """
+    """The model of a transformers configuration on the meta device; `options` are from_config's, such as dtype."""
     with torch.device("meta"), refusing(f"{name}: no {task} model of this kind", ValueError):
         return AUTO_MODELS[task].from_config(config, **options)
 
 
-def wrapped(model: Any, config: Any, **options: Any) -> Any:
-    """The model with its adapter; `options` are get_peft_model's.
+def check_method_options(args: argparse.Namespace, methods: Collection[str]) -> None:
+    """Refuse an option that none of the methods has ("lora" shares rep's)."""
+    owned = {"adp", "rep"} & {"rep" if method == "lora" else method for method in methods}
+    for flag, option in METHOD_OPTIONS.items():
+        if getattr(args, method_dest(flag)) is not None and not owned & option.keys():
+            owner = "adp" if "adp" in option else "rep"
+            raise UserError(f"{flag} belongs to --method {owner}, not {' '.join(methods)}")
 
-    Raises:
-        UserError: where the model has no such targets, or they cannot be adapted.
-    """
+
+def method_config(args: argparse.Namespace, method: str, task: str) -> Any:
+    """The configuration of a method, from its options; an error names the option."""
+    fields = {option[method]: flag for flag, option in METHOD_OPTIONS.items() if method in option}
+    values = {field: getattr(args, method_dest(flag)) for field, flag in fields.items()}
+    given = {field: value for field, value in values.items() if value is not None}
+    if given.get("target_modules") == ["all-linear"]:
+        given["target_modules"] = "all-linear"
+    if given.get("init_weights") == "identity":
+        given["init_weights"] = True
+    try:
+        return CONFIGS[method](task_type=task.upper(), **given)
+    except (ValueError, TypeError) as error:
+        flags = [f" ({fields[field]})" for field in given if field in str(error)]
+        raise UserError("".join([one_line(error), *flags[:1]])) from error
+
+
+def wrapped(model: Any, config: Any, **options: Any) -> Any:
+    """The model with its adapter; `options` are get_peft_model's."""
     with refusing("the method does not fit this model", TypeError, ValueError):
         # DeepSpeed takes one dtype for all that is trained, the base's, and keeps a float32 copy itself
         return get_peft_model(model, config, **{"autocast_adapter_dtype": engine() != "deepspeed"} | options)
@@ -185,9 +191,9 @@ def wrapped(model: Any, config: Any, **options: Any) -> Any:
 
 @contextmanager
 def base_only(model: Any) -> Iterator[None]:
-    """Run the model as its base for a while.
+    """Run the model as its base inside.
 
-    PEFT's own switch also changes what requires gradients, which an engine may have taken note of.
+    PEFT's own switch also changes what requires gradients, which an engine may already have read.
     """
     layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     for layer in layers:
@@ -201,11 +207,7 @@ def base_only(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Refuse to pack rows where the model lets a row see those before it.
-
-    Raises:
-        UserError: where the second of two rows in one sequence gets other logits after another first row.
-    """
+    """Refuse to pack rows if the second of two rows in one sequence has other logits after another first row."""
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 3, 4]], device=model.device)
     with refusing("--packing does not go with this model", TypeError):

@@ -1,4 +1,4 @@
-"""Reads files and hub data sets into rows of one kind, and names the line that cannot be used."""
+"""Reads files and hub data sets into rows of one kind; errors name the line."""
 
 import csv
 import gzip
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.cli.errors import UserError, need, refusing
+from loretta.cli.report import UserError, need, refusing
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KINDS = {  # by task: the kinds of rows and the fields of each
@@ -33,7 +33,7 @@ ALPACA = (
 
 @dataclass(frozen=True)
 class Row:
-    """One example: where it stands, and its fields."""
+    """One example: its place (file and line) for messages, and its fields."""
 
     where: str
     fields: dict[str, Any]
@@ -50,16 +50,16 @@ class Rows:
     def held_out(self, fraction: float) -> tuple["Rows", "Rows"]:
         """Split into a training and a held-out part.
 
-        One text is cut at a blank, so that its contiguous end is held out. Rows of the other kinds stand for themselves
+        One text is split at a blank, so that its contiguous end is held out. Rows of the other kinds are independent
         and may be sorted, so they are drawn at random, always the same ones; one row of every class stays in training.
         """
         rows = list(self.rows)
         if self.kind == "text" and len(rows) == 1:
-            text = rows[0].fields["text"]
+            where, text = rows[0].where, rows[0].fields["text"]
             cut = int(len(text) * (1 - fraction))
             while cut < len(text) and not text[cut].isspace():
                 cut += 1
-            parts = [[Row(rows[0].where, {"text": part})] for part in (text[:cut], text[cut:]) if part.strip()]
+            rows, cut = [Row(where, {"text": part}) for part in (text[:cut], text[cut:]) if part.strip()], 1
         else:
             if self.kind != "text":
                 random.Random(0).shuffle(rows)
@@ -67,21 +67,17 @@ class Rows:
                 first = {id(row) for row in {row.fields["label"]: row for row in rows}.values()}
                 rows.sort(key=lambda row: id(row) not in first)
             cut = len(rows) - max(1, round(len(rows) * fraction))
-            parts = [part for part in (rows[:cut], rows[cut:]) if part]
-        if len(parts) < 2:
+        if not 0 < cut < len(rows):
             raise UserError(f"{self.source}: too short to hold out {fraction:g} of it; give --eval-data instead")
-        return Rows(self.source, self.kind, parts[0]), Rows(self.source, self.kind, parts[1])
+        return Rows(self.source, self.kind, rows[:cut]), Rows(self.source, self.kind, rows[cut:])
 
 
 def read_rows(sources: Sequence[str], task: str, columns: Mapping[str, str] | None = None) -> Rows:
-    """Read files or hub data sets for task "causal_lm" or "seq_cls".
+    """Read files or hub data sets for task "causal_lm" or "seq_cls"; errors name the file and the line.
 
     Args:
         sources: paths, or hub ids as ID[:CONFIG[:SPLIT]].
-        columns: the names of fields in the data, by the names that they have here.
-
-    Raises:
-        UserError: naming the file and the line for whatever cannot be used.
+        columns: the names of columns in the data, by the names of fields here.
     """
     kind, rows = "", list[Row]()
     for source in sources:
@@ -108,7 +104,7 @@ def _suffix(path: Path) -> str:
 
 
 def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
-    """Pairs of the place that a message names (file and line, or row) and what stands there."""
+    """Pairs of a place for messages (file and line, or row) and the value that was read there."""
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; accepted: {', '.join(SUFFIXES)}, and .gz")
@@ -146,23 +142,22 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterable[tuple[str, Any]
     """A header line, then records; a record is named by the line it begins on."""
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        with refusing(f"{where}: not valid CSV", csv.Error):
-            record = next(reader, None)
-        if record is None:
-            return
-        if not record:
-            raise UserError(f"{where}: empty line")
-        if not header:
-            header = record
-            if len(set(header)) < len(header):
-                raise UserError(f"{where}: a column name is given twice in the header")
-        elif len(record) != len(header):
-            raise UserError(f"{where}: {len(record)} fields where the header has {len(header)}")
-        else:
-            yield where, dict(zip(header, record, strict=True))
+    header, line = list[str](), 1
+    try:
+        for record in reader:
+            if not record:
+                raise UserError(f"{path}:{line}: empty line")
+            if not header:
+                header = record
+                if len(set(header)) < len(header):
+                    raise UserError(f"{path}:{line}: a column name is given twice in the header")
+            elif len(record) != len(header):
+                raise UserError(f"{path}:{line}: {len(record)} fields where the header has {len(header)}")
+            else:
+                yield f"{path}:{line}", dict(zip(header, record, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not valid CSV: {error}") from error
 
 
 def _read_parquet(path: Path, data: bytes) -> Iterable[tuple[str, Any]]:

@@ -1,9 +1,10 @@
-"""Training on transformers' Trainer, with progress on stderr and nothing on stdout."""
+"""Training on transformers' Trainer, with progress on stderr and nothing on stdout, and a plot of its losses."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +15,46 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from loretta.cli.checkpoints import seal
 from loretta.cli.distributed import engine, on_cpu
-from loretta.cli.errors import UserError, refusing
 from loretta.cli.output import OutputFolder
-from loretta.cli.report import is_main
+from loretta.cli.report import UserError, is_main, refusing
+
+SMOOTHING = 0.9  # of the running mean in the plot
 
 
 def training_arguments(args: argparse.Namespace, output: OutputFolder, dtype: str) -> TrainingArguments:
     """The Trainer's arguments; to be made before the model, which transformers then loads as the engine needs it.
 
     Args:
-        args: of `loretta finetune`.
+        args: of `loretta finetune`; those that have the name of a field are passed on.
         dtype: the base model's. FSDP and DeepSpeed must know of bfloat16, since they take no mixture of dtypes, and
             float16 needs scaled gradients.
-
-    Raises:
-        UserError: where transformers refuses one of them.
     """
     if dtype == "float16" and on_cpu():
         raise UserError("--dtype float16 trains on accelerators only; on a CPU take float32 or bfloat16")
     with refusing("transformers refuses an option", ImportError, RuntimeError, ValueError):
         for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # says which package is missing
-        return TrainingArguments(
-            output_dir=str(output.checkpoints),
-            learning_rate=args.lr,
-            max_steps=args.steps or -1,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.grad_accum,
-            weight_decay=args.weight_decay,
-            lr_scheduler_type=args.lr_schedule,
-            warmup_steps=args.warmup,
-            optim=args.optim,
-            seed=args.seed,
-            gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
-            save_strategy="steps" if args.save_steps else "no",
-            save_steps=args.save_steps or 1,
-            save_total_limit=2,
-            eval_strategy="steps" if args.eval_steps else "no",
-            eval_steps=args.eval_steps,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            report_to=args.report_to or "none",
-            remove_unused_columns=False,
-            dataloader_pin_memory=not on_cpu(),
-            label_names=["labels"],
-            use_cpu=on_cpu(),
-            bf16=dtype == "bfloat16" and engine() != "none",
-            fp16=dtype == "float16",
-        )
+            callback()  # its error names a missing package
+        fixed = {
+            "output_dir": str(output.checkpoints),
+            "max_steps": args.steps or -1,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if args.gradient_checkpointing else None,
+            "save_strategy": "steps" if args.save_steps else "no",
+            "save_steps": args.save_steps or 1,
+            "save_total_limit": 2,
+            "eval_strategy": "steps" if args.eval_steps else "no",
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,
+            "report_to": args.report_to or "none",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": not on_cpu(),
+            "label_names": ["labels"],
+            "use_cpu": on_cpu(),
+            "bf16": dtype == "bfloat16" and engine() != "none",
+            "fp16": dtype == "float16",
+        }
+        names = {field.name for field in fields(TrainingArguments)}
+        return TrainingArguments(**{name: value for name, value in vars(args).items() if name in names} | fixed)
 
 
 def train(
@@ -77,10 +67,10 @@ def train(
     on_start: Callable[[], None],
     measure: Callable[[str], dict[str, float]],
 ) -> tuple[TrainerState, float]:
-    """Train the model in place, going on from a checkpoint where one is given.
+    """Train the model in place, from a checkpoint if one is given.
 
     Args:
-        on_start: called when the model is ready to be run as the engine wants it, before the first step.
+        on_start: called before the first step, when the engine has prepared the model.
         measure: evaluates the model, under a title.
 
     Returns:
@@ -91,7 +81,7 @@ def train(
         model=model,
         args=arguments,
         train_dataset=items,
-        eval_dataset=items,  # asked for by --eval-steps; `measure` has its own
+        eval_dataset=items,  # required for --eval-steps and not used: `measure` has its own
         data_collator=collator,
         callbacks=[watch],
     )
@@ -122,7 +112,7 @@ class _Trainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """What comes before the first step, the time and the progress of the steps, and a seal on every checkpoint."""
+    """Calls `on_start`, measures the time of the steps, shows their progress, and seals every checkpoint."""
 
     def __init__(self, on_start: Callable[[], None]):
         self.on_start = on_start
@@ -136,7 +126,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
         if state.global_step >= state.max_steps:
-            control.should_save = False  # resumed from there, the Trainer would go one step too far
+            control.should_save = False  # resumed from there, the Trainer would make one step too many
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -150,3 +140,32 @@ class _Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter()
         self.bar.close()
+
+
+def plot_losses(file: Path, history: list[dict[str, Any]], ends: dict[int, float], title: str, unit: str) -> None:
+    """Draw the training loss by step, its running mean, and the held-out loss where it was measured.
+
+    Args:
+        history: the Trainer's log.
+        ends: the held-out losses before and after, by step.
+        unit: what one loss is the mean over.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    held_out = ends | {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    mean, means = 0.0, []
+    for count, loss in enumerate(losses.values(), 1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean / (1 - SMOOTHING**count))  # corrected for its start at 0
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(list(losses), list(losses.values()), color="tab:blue", alpha=0.35, linewidth=1, label="training")
+    axes.plot(list(losses), means, color="tab:blue", linewidth=2, label="training, running mean")
+    axes.plot(*zip(*sorted(held_out.items()), strict=True), "o--", color="tab:orange", label="held out")
+    axes.set(xlabel="optimiser step", ylabel=f"loss ({unit})", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file)

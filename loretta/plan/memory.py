@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +82,22 @@ def memory(model: nn.Module, step: StepBytes, devices: Devices) -> Memory:
         buckets = gradients
     peak = weights + optimiser + buckets + max(step.peak + passing, 2 * gradients)
     return Memory(sum(p.numel() for p in trained), weights, gradients, optimiser, step.saved, peak)
+
+
+def largest_batch(peak: Callable[[int], int], limit: float) -> int:
+    """The most rows whose peak is within the limit; 0 if one row is too many.
+
+    The peak is piecewise linear in the rows, each piece steeper than the last, so the line through two points is a
+    lower bound beyond them and an upper bound between them.
+    """
+    if peak(1) > limit:
+        return 0
+    low, high = 1, 2
+    while peak(high) <= limit:
+        slope = (peak(high) - peak(low)) / (high - low)
+        low, high = high, high + (int((limit - peak(high)) / slope) + 1 if slope else high)
+    while high - low > 1:
+        part = (limit - peak(low)) / (peak(high) - peak(low))
+        guess = min(max(low + int(part * (high - low)), low + 1), high - 1)
+        low, high = (guess, high) if peak(guess) <= limit else (low, guess)
+    return low

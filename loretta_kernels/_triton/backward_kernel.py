@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropout_factor
+from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
 from loretta_kernels._triton.forward_kernel import hidden, up_waist
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
 import loretta_kernels
 from bench import selfcheck
 from loretta.cli import check
-from loretta_kernels import TT
+from loretta.cli.parser import make_parser
 from loretta_kernels.selfcheck import Row
 from tests.bench.processes import run_python
 
 right = loretta_kernels.tt_linear
 
 
-def slightly_wrong(x, tt):
+def slightly_wrong(x, train):
     """A bias that is off by a thousandth, and so its gradient."""
-    return right(x, TT(tt.cores, tt.shape, tt.bias * 1.001))
+    return right(x, replace(train, bias=train.bias * 1.001))
 
 
 @pytest.fixture
 def loretta_check() -> argparse.Namespace:
-    return argparse.Namespace(cpu=True, json=True, all=False)
+    return make_parser().parse_args(["check", "--cpu", "--json"])
 
 
 def test_passes_what_is_right(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loretta.cli.encode import IGNORED, Collator, encode, label_names
-from loretta.cli.errors import UserError
+from loretta.cli.encode import IGNORED, encode, label_names, make_collator
+from loretta.cli.report import UserError
 from loretta.cli.rows import Row, Rows
 
 PAD = 0
@@ -85,7 +85,7 @@ def test_rows_that_are_cut_or_dropped_are_counted_and_said(tokenizer, capsys) ->
     fields += [{"prompt": "p", "completion": "c"}]
     examples = encode(rows("completion", *fields), tokenizer, 8)
     assert examples.counts() == {"examples": 2, "cut": 1, "dropped": 1}
-    examples.say_losses("training", 8)
+    examples.log_omissions("training", 8)
     assert capsys.readouterr().err.splitlines() == [
         "training: 1 rows are longer than 8 tokens and end there",
         "training: 1 rows have nothing to learn within 8 tokens and are left out",
@@ -163,8 +163,8 @@ def test_names_beside_numbers_are_classes() -> None:
 
 def test_padding_has_no_loss_and_no_attention(tokenizer) -> None:
     items = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(tokenizer)(items)
+    batch = make_collator(tokenizer, None)(items)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert torch.equal(Collator(tokenizer)([{"input_ids": [1], "labels": 2}])["labels"], torch.tensor([2]))
+    assert torch.equal(make_collator(tokenizer, ["a"])([{"input_ids": [1], "labels": 2}])["labels"], torch.tensor([2]))

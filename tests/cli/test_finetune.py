@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_same_bits(loretta, command, tmp_path, kille
     assert "holds an unfinished run (checkpoint-8); continue it with --resume" in ran.err
     ran = loretta(*command, "--resume", "--lr", 0.5)
     assert ran.code == 2
-    assert "lr was 0.01 and is 0.5" in ran.err
+    assert "learning_rate was 0.01 and is 0.5" in ran.err
 
     (checkpoints / "checkpoint-8" / "trainer_state.json").unlink()  # killed while it was written
     ran = loretta(*command, "--resume", "--json")

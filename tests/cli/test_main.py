@@ -149,27 +149,27 @@ def _defaults() -> list[tuple[str, str, str]]:
     """Every hyper-parameter with a default that the help tells: the option, the method, the default."""
     configs = {"adp": LorettaAdpConfig(), "rep": LorettaRepConfig()}
     found = []
-    for option in METHOD_OPTIONS:
+    for flag, option in METHOD_OPTIONS.items():
         for method, config in configs.items():
-            field = option.field(method)
+            field = option.get(method)
             value = getattr(config, field) if field else None
             if field == "init_weights":
                 value = {True: "identity"}[value]
             if value is not None and not isinstance(value, bool):
-                found.append((option.flag, method, str(value)))
+                found.append((flag, method, str(value)))
     return found
 
 
 @pytest.mark.parametrize(("flag", "method", "default"), _defaults())
 def test_help_tells_the_defaults_of_the_configurations(flag, method, default) -> None:
-    text = next(option.text for option in METHOD_OPTIONS if option.flag == flag)
+    text = METHOD_OPTIONS[flag]["help"]
     told = re.search(r"\(default (\S+?)(?:, rep: (\S+))?\)", text)
     assert told is not None, text
     assert default == (told[2] if method == "rep" and told[2] else told[1])
 
 
 def test_a_program_error_is_not_hidden(loretta, monkeypatch) -> None:
-    monkeypatch.setattr("loretta.cli.params.count_groups", lambda model: 1 / 0)
+    monkeypatch.setattr("loretta.cli.plan.count_groups", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loretta("params", "--model", "llama-2-7b", "--method", "rep")
 
@@ -178,7 +178,7 @@ def test_an_interrupt_is_one_line(loretta, monkeypatch) -> None:
     def interrupted(model) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loretta.cli.params.count_groups", interrupted)
+    monkeypatch.setattr("loretta.cli.plan.count_groups", interrupted)
     ran = loretta("params", "--model", "llama-2-7b", "--method", "rep")
     assert (ran.code, ran.err.strip()) == (130, "loretta params: interrupted")
 

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from loretta.cli.errors import UserError
+from loretta.cli.report import UserError
 from loretta.cli.rows import Row, Rows, read_rows
 from tests.cli import fuzz
 

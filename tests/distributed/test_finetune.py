@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from loretta.cli import distributed
-from loretta.cli.errors import UserError
+from loretta.cli.report import UserError
 from tests.distributed.launching import FSDP2, HERE, ZERO3, torchrun
 from tests.distributed.test_engines import NEEDS_DEEPSPEED
 

@@ -28,7 +28,7 @@ def test_a_killed_run_ends_with_the_same_bits(llama, book, tmp_path, engine) -> 
     assert not (tmp_path / "out").exists()
     resumed = run("out", -1, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from checkpoint-4" in resumed.stderr
+    assert "resuming from checkpoint-4" in resumed.stderr
     weights, expected = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("out", "whole"))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())

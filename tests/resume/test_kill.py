@@ -98,7 +98,7 @@ def test_a_checkpoint_torn_twice_is_never_taken_for_a_good_one(command, whole, t
     assert (torn / "adapter_model.safetensors").exists()
     assert run([*command, out, "--resume"], log) == 0, log.read_text()
     assert log.read_text().count("checkpoint-6: is not complete (its writing was cut short); it is not used") == 2
-    assert log.read_text().count("going on from checkpoint-3") == 2
+    assert log.read_text().count("resuming from checkpoint-3") == 2
     assert whole.equals(out)
 
 
@@ -120,5 +120,5 @@ def test_without_the_random_state_the_bits_differ(command, whole, tmp_path) -> N
     (checkpoint / "rng_state.pth").unlink()
     seal(checkpoint)
     assert run([*command, out, "--resume"], log) == 0, log.read_text()
-    assert "going on from checkpoint-6" in log.read_text()
+    assert "resuming from checkpoint-6" in log.read_text()
     assert not whole.equals(out)

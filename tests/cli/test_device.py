@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loretta.cli import distributed, models
+from loretta.cli import distributed
 
 
 def raises() -> None:
@@ -14,5 +14,5 @@ def raises() -> None:
 def test_torch_built_for_cuda_uses_the_cpu_where_there_is_no_gpu(monkeypatch, current) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-    assert models.device() == torch.device("cpu")
+    assert distributed.device() == torch.device("cpu")
     assert distributed.on_cpu()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loretta.cli.encode import IGNORED, Collator
-from loretta.cli.metrics import evaluate, scores
+from loretta.cli.encode import IGNORED, make_collator
+from loretta.cli.eval import evaluate, scores
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 
@@ -24,7 +24,7 @@ def test_perplexity_weighs_every_predicted_token_the_same(llama, tokenizer, batc
         ]
     )
     items = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(IDS, labels, strict=True)]
-    found = evaluate(model, items, Collator(tokenizer), batch_size, None, "test")
+    found = evaluate(model, items, make_collator(tokenizer, None), batch_size, None, "test")
     assert expected.numel() == 4 + 2
     assert found["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
     assert found["perplexity"] == math.exp(found["loss"])
@@ -34,14 +34,14 @@ def test_accuracy_is_the_share_of_right_rows(roberta, tokenizer) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(roberta, num_labels=3).eval()
     best = [int(model(torch.tensor([ids])).logits.argmax()) for ids in IDS]
     items = [{"input_ids": IDS[0], "labels": best[0]}, {"input_ids": IDS[1], "labels": (best[1] + 1) % 3}]
-    assert evaluate(model, items, Collator(tokenizer), 2, ["a", "b", "c"], "test")["accuracy"] == 0.5
+    assert evaluate(model, items, make_collator(tokenizer, []), 2, ["a", "b", "c"], "test")["accuracy"] == 0.5
 
 
 def test_a_regression_is_judged_by_its_squared_error_and_correlations(roberta, tokenizer) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(roberta, num_labels=1).eval()
     said = [model(torch.tensor([ids])).logits.item() for ids in IDS]
     items = [{"input_ids": ids, "labels": value + 2} for ids, value in zip(IDS, said, strict=True)]
-    found = evaluate(model, items, Collator(tokenizer), 2, [], "test")
+    found = evaluate(model, items, make_collator(tokenizer, []), 2, [], "test")
     assert found == {"loss": pytest.approx(4), "pearson": pytest.approx(1), "spearman": pytest.approx(1)}
 
 
