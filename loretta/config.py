@@ -74,6 +74,13 @@ class _LorettaConfig(PeftConfig):
             "random, as in the paper. False: random cores and biases, for tests."
         },
     )
+    core_gain: str | None = field(
+        default=None,
+        metadata={
+            "help": "'rate': cores are stored divided by gains, so that they learn at the rates of a LoRA. 'paper': "
+            "as they are. None is 'rate', and 'paper' where a saved adapter does not say."
+        },
+    )
     train_layernorm: bool = field(
         default=True,
         metadata={"help": "Train the LayerNorms and RMSNorms, as the paper does (through modules_to_save)."},
@@ -96,7 +103,11 @@ class _LorettaConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.core_gain is None:
+            is_saved = self.peft_type is not None or self.peft_version is not None
+            self.core_gain = "paper" if is_saved else "rate"
         super().__post_init__()
+        require_choice("core_gain", self.core_gain, ("rate", "paper"))
         require_int("tensor_rank", self.tensor_rank, 1)
         self.tensor_rank_pattern = as_pattern("tensor_rank_pattern", self.tensor_rank_pattern)
         for name, rank in self.tensor_rank_pattern.items():
@@ -165,6 +176,8 @@ class LorettaAdpConfig(_LorettaConfig):
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        core_gain: "rate" (default) holds cores divided by gains, with which a rate moves the adapter as far as it moves
+            a LoRA at any width; "paper" holds them as they are, and needs rates about ten times larger.
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
         modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.
@@ -262,6 +275,8 @@ class LorettaRepConfig(_LorettaConfig):
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        core_gain: "rate" (default) holds cores divided by gains, with which a rate moves the adapter as far as it moves
+            a LoRA at any width; "paper" holds them as they are, and needs rates about ten times larger.
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
         modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.

@@ -1,16 +1,15 @@
-"""Gains and initial values of cores: how far one step of an optimiser moves a train, and from where.
+"""Where training starts, and how far one step goes: the gains of a train and its first cores.
 
-Adam moves every parameter by about the learning rate. A train has few parameters, and the wider the layer, the less a
-step changes its matrix; so a core G is stored divided by a gain c that depends on its size, its train's waist and the
-layer's width, and one step moves G by c times the rate. With n numbers in the core, all other cores orthonormal about
-it, and the waist K:
+Adam moves every stored number by about the rate. A train has few numbers, and the wider the layer, the less each of
+them moves it; so a core G is stored divided by a gain c, and one step moves G by c times the rate. With n numbers in
+the core, all other cores orthonormal about it, the waist K and the layer's width,
 
-    a train from the layer's width to the waist     c = DOWN · sqrt(K / n)
-    a train from the waist to the layer's width     c = UP · sqrt(K · width / n)
+    c = sqrt(K · width / n)
 
-which moves the train as far as that rate moves the two factors of a LoRA, at every width (DESIGN.md has the argument
-and the figures). The function depends only on the product of a side's gains: it is rounded to a power of two and stored
-in the shape (`TTShape.gains`); the remainder is in the cores.
+a step at the rate e moves the matrix W of the train, in the Frobenius norm, by e · sqrt(K · width): every entry of its
+factor of K columns beside the layer by about e, which is what Adam does to a factor of a LoRA (DESIGN.md has the
+argument and the figures). Only the product of a side's gains matters to the function: it is rounded to a power of two,
+which the shape holds (`TTShape.gains`); the rest is in the cores.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ import torch
 from torch import Tensor
 
 from loretta_kernels.shape import TTShape
-
-DOWN, UP = 16.0, 2.0
 
 
 def with_gains(shape: TTShape, up: bool) -> TTShape:
@@ -39,8 +36,8 @@ def with_gains(shape: TTShape, up: bool) -> TTShape:
 
 def core_gains(shape: TTShape, up: bool) -> list[float]:
     """The gain of each core."""
-    scale = UP * math.sqrt(shape.waist * shape.out_features) if up else DOWN * math.sqrt(shape.waist)
-    return [scale / math.sqrt(size) for size in shape.core_sizes]
+    width = shape.out_features if up else shape.in_features
+    return [math.sqrt(shape.waist * width / size) for size in shape.core_sizes]
 
 
 @torch.no_grad()
