@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loretta_kernels.functions import tt_adapter, tt_linear, tt_lora, tt_matrix
 from loretta_kernels.shape import TTShape
+from loretta_kernels.start import start_, with_gains
 from loretta_kernels.svd import flat, tt_svd
 from loretta_kernels.train import TT
 
@@ -149,6 +150,18 @@ class TTLinear(nn.Module):
         return f"{list(i)} x {list(o)}, ranks={list(self.shape.bond_ranks)}, bias={self.bias is not None}"
 
 
+def _pair(
+    in_features: Any, inner: int, out_features: Any, rank: int, bias: bool, device: Any, dtype: torch.dtype | None
+) -> tuple[TTLinear, TTLinear]:
+    """The two trains of an adapter, with gains, whose product is zero at the start."""
+    pair = []
+    for is_up, sizes in enumerate(((in_features, inner), (inner, out_features))):
+        shape = with_gains(TTShape.for_matrix(*sizes, rank), bool(is_up))
+        pair.append(TTLinear(shape=shape, bias=bias, device=device, dtype=dtype))
+        start_(pair[-1].cores, shape, bool(is_up), zero=bool(is_up))
+    return pair[0], pair[1]
+
+
 class TTAdapter(nn.Module):
     """`y = x + scale · (act(drop(x) · W_down + b_down) · W_up + b_up)`: a bottleneck adapter that starts as y = x.
 
@@ -186,9 +199,7 @@ class TTAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.down = TTLinear(features, bottleneck, rank, bias, device=device, dtype=dtype)
-        self.up = TTLinear(bottleneck, features, rank, bias, device=device, dtype=dtype)
-        self.up.reset_parameters(zero=True)
+        self.down, self.up = _pair(features, bottleneck, features, rank, bias, device, dtype)
         self.activation, self.scale, self.dropout = activation, scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,9 +251,7 @@ class TTLoRA(nn.Module):
         self.linear = linear.requires_grad_(False)
         I = in_features or getattr(linear, "in_features", None)
         O = out_features or getattr(linear, "out_features", None)
-        self.a = TTLinear(I, r, rank, bias=False, device=device, dtype=dtype)
-        self.b = TTLinear(r, O, rank, bias=False, device=device, dtype=dtype)
-        self.b.reset_parameters(zero=True)
+        self.a, self.b = _pair(I, r, O, rank, False, device, dtype)
         self.scale, self.dropout = alpha / r, dropout
 
     def forward(self, x: Tensor) -> Tensor:
