@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 PEERS := .cache/peers/upstream
 BENCH = $(BIN)/python -m pytest -q --benchmark-quiet
-.PHONY: help demo demo-cls test test-long test-distributed test-versions test-triton test-peft bench bench-gpu peers lint clean
+.PHONY: help demo demo-cls test test-long test-distributed test-versions test-triton test-peft docs bench bench-gpu peers lint clean
 
 help: ## print these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1	\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -35,9 +35,9 @@ demo-cls: $(RUN) ## classify BBC news with MiniLM: head alone, LoRA and both met
 test: $(DEVELOP) ## run the test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
-test-long: $(DEVELOP) ## run the slow tests, and ten times as many random shapes through the kernels and C
+test-long: $(DEVELOP) ## run the slow tests, and ten times as many random shapes through the kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
-	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton tests/c -k any
+	OMP_NUM_THREADS=1 LORETTA_TEST_CASES=3200 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/triton -k any
 
 test-distributed: $(DEVELOP) ## install DeepSpeed and run all tests of several processes, ZeRO-3 too
 	$(PIP) --upgrade setuptools wheel
@@ -68,6 +68,10 @@ test-triton: $(TRITON) ## compile the quick set of kernels with Triton 3.6.0 too
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py
 
+docs: $(DEVELOP) ## write pages on the API, from docstrings, to site
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory site loretta '!loretta.cli' \
+		loretta_kernels loretta_kernels.nn '!loretta_kernels.explain'
+
 # The released implementation, GPL-3, in a folder of its own: only the benchmarks load it, under another name.
 $(PEERS): $(RUN)
 	$(PIP) --no-deps --target $@ loretta==0.1.0
@@ -92,4 +96,4 @@ lint: $(DEVELOP) ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and everything the demo wrote
-	rm -rf .venv .cache runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .cache runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

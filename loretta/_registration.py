@@ -30,8 +30,8 @@ def _register() -> None:
 class _Registering:
     """A finder on `sys.meta_path` that watches the imports of PEFT and of this package's own modules.
 
-    One of our modules may be what imports PEFT first. The registration needs that module whole, so it waits for the
-    outermost import to end.
+    One of our modules may be what imports PEFT first. The registration needs that module fully imported, so it waits
+    for the outermost import to end.
     """
 
     def __init__(self) -> None:

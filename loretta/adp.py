@@ -167,7 +167,7 @@ MERGE_ERROR = (
 
 def _linear(projection: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Matrices whose product is the projection's, [in, out], and its bias."""
-    chain = projection.halves() if isinstance(projection, TensorTrain) else [projection.weight.T]
+    chain = projection.sides() if isinstance(projection, TensorTrain) else [projection.weight.T]
     return [matrix.to(dtype) for matrix in chain], projection.bias.to(dtype)
 
 

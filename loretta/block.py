@@ -1,4 +1,4 @@
-"""LoRETTA_adp at a whole block of the base model, such as a sparse mixture of experts, which is no linear."""
+"""LoRETTA_adp at a whole block of the base model, such as a sparse mixture of experts, which is not a linear layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from .adp import LorettaAdpLinear
 
-NAME = "loretta_block"  # must not contain the method's prefix, by which PEFT tells the insides of an adapter
+NAME = "loretta_block"  # must not contain the method's prefix, by which PEFT recognises an adapter's own modules
 
 
 class LorettaAdpBlock(LorettaAdpLinear):

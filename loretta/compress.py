@@ -93,6 +93,11 @@ def compress_lora(folder: str | os.PathLike[str], tensor_rank: int, out: str | o
         ValueError: the files are damaged, not a LoRA's, or the LoRA has options that LoRETTA_rep cannot represent
             (such as DoRA); the message lists them.
 
+    Example:
+        >>> report = compress_lora("runs/lora", 5, "runs/rep")
+        >>> print(report.worst < 1)
+        True
+
     Source: TT-SVD, Oseledets 2011; the format of LoRETTA_rep, Yang et al., arXiv 2402.11417.
     """
     if isinstance(tensor_rank, bool) or not isinstance(tensor_rank, int) or tensor_rank < 1:

@@ -39,7 +39,7 @@ ACTIVATIONS = {
     "linear": "identity",
 }
 PLACEMENTS = ("mh_adapter", "output_adapter")
-WIDEST = 65536  # far beyond any use, and what a slip of the pen is stopped by
+WIDEST = 65536  # far beyond any use: catches typos before they exhaust memory
 
 
 @dataclass
@@ -171,6 +171,10 @@ class LorettaAdpConfig(_LorettaConfig):
 
     Raises:
         ValueError: a field has a value that is not accepted; the message names both.
+
+    Example:
+        >>> config = LorettaAdpConfig(task_type="CAUSAL_LM", bottleneck_size=32, non_linearity="gelu")
+        >>> tuned = get_peft_model(model, config)
     """
 
     bottleneck_size: int = field(default=64, metadata={"help": "Width of the bottleneck."})
@@ -264,6 +268,10 @@ class LorettaRepConfig(_LorettaConfig):
 
     Raises:
         ValueError: a field has a value that is not accepted; the message names both.
+
+    Example:
+        >>> config = LorettaRepConfig(task_type="CAUSAL_LM", r=16, tensor_rank=8, train_layernorm=False)
+        >>> tuned = get_peft_model(model, config)
     """
 
     r: int = field(default=8, metadata={"help": "Inner dimension of the two factors."})

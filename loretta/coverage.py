@@ -1,4 +1,4 @@
-"""What an adapter's targets reach: those at which it would do nothing are refused, what they pass over is said."""
+"""What an adapter's targets select: modules at which it would do nothing are refused, those left out are named."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def warn_of_unused_ranks(model: nn.Module, adapter_name: str, config: _LorettaCo
 
 
 def warn_of_what_is_left_out(model: nn.Module, adapter_name: str, config: _LorettaConfig, given: Any) -> None:
-    """Say what "all-linear", or a default of LoRETTA_adp, passes over: experts, and the feed-forward at large.
+    """Warn of what "all-linear", or a default of LoRETTA_adp, leaves out: experts, or the whole feed-forward block.
 
     Args:
         model: with the adapter in it.

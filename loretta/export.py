@@ -65,6 +65,10 @@ def export_lora(
         TypeError: the model has no LoRETTA adapters, or adapters with a nonlinearity.
         ValueError: it has no adapter of that name, an adapter is merged, or the target would ignore or misread a part
             of the adapter; the message says what to do instead.
+
+    Example:
+        >>> tuned = get_peft_model(model, LorettaRepConfig(task_type="CAUSAL_LM"))
+        >>> export_lora(tuned, "runs/exported")
     """
     require_choice("target", target, EXPORT_TARGETS)
     config = _exportable(model, adapter_name)

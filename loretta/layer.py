@@ -29,7 +29,7 @@ class LorettaLayer(Merging):
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, a linear quantised by a backend PEFT knows, or a PEFT layer
             around one of these.
-        width: of a whole block [..., width], which is then the base layer, and whose child this layer is to be.
+        width: where base_layer is a whole block from [..., width] to [..., width], whose child this layer becomes.
         quantization_kwargs: what PEFT's quantisation backends need to requantise on merging.
 
     Raises:

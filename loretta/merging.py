@@ -172,7 +172,7 @@ class Merging(nn.Module, BaseTunerLayer):
 
 
 def declare_biases(model: nn.Module, names: list[str]) -> None:
-    """Tell a transformers model's configuration of linears that have a bias only since adapters were merged.
+    """Record in a transformers model's configuration that linears have a bias which merging gave them.
 
     Where its architecture has a switch for them (Llama's ``mlp_bias``), it is set, and the other linears that it is for
     get a bias of zeros, so that the model can be saved and loaded. Elsewhere a warning says that it cannot.

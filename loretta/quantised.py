@@ -39,7 +39,7 @@ def keep_unpacked(model: nn.Module) -> None:
 def copy_of_linear(linear: Any, bias: nn.Parameter | None, weight: Tensor | None) -> Any:
     """A copy of a linear, quantised or not, with another bias, and another weight where one is given.
 
-    Hooks are shared: accelerate's holds the offloaded weights of the whole model, others note what they see.
+    Hooks are shared, not copied: accelerate's holds the offloaded weights of the whole model, others collect state.
     """
     hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values(), getattr(linear, "_hf_hook", None)]
     replaced: dict[int, Any] = {id(hook): hook for hook in hooks}

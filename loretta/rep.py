@@ -113,7 +113,7 @@ class LorettaRepLinear(LorettaLayer):
     @torch.no_grad()
     def narrow_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [in, k] and B [k, out] of the same product, where k is the least of r and the waists of both trains."""
-        chain = [*self._train("A", adapter_name).halves(), *self._train("B", adapter_name).halves()]
+        chain = [*self._train("A", adapter_name).sides(), *self._train("B", adapter_name).sides()]
         cut = min((1, 2, 3), key=lambda position: len(chain[position]))
         a, b = reduce(torch.matmul, chain[:cut]), reduce(torch.matmul, chain[cut:])
         return a, self._all_columns(b, adapter_name)

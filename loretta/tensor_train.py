@@ -10,7 +10,7 @@ from loretta_kernels.reference import tt_sides
 
 
 class TensorTrain(TTLinear):
-    """`TTLinear` with the starts that adapters have."""
+    """`TTLinear` with the initial values that adapters have."""
 
     def __init__(self, shape: TTShape, bias: bool = False, *, zero: bool = False, random_bias: bool = False) -> None:
         super().__init__(shape=shape, bias=bias)
@@ -21,6 +21,6 @@ class TensorTrain(TTLinear):
         return tt_matrix(self.tt)
 
     @torch.no_grad()
-    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L [in_features, waist] and R [waist, out_features], materialised, whose product is W."""
         return tt_sides(self.cores, self.shape)

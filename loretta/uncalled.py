@@ -1,4 +1,4 @@
-"""Modules that a model never calls: it reads their weights past their forward, and an adapter there does nothing."""
+"""Modules that a model never calls: it reads their weights directly, so an adapter there would do nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cannot_be_adapted(model: nn.Module) -> dict[str, str]:
 
 
 def leave_fast_paths(model: nn.Module) -> None:
-    """Have torch's encoder layers call their children wherever an adapter, or a module trained whole, is inside."""
+    """Have torch's encoder layers call their children where these hold an adapter or a module of modules_to_save."""
     for kind, switch in _FAST_PATHS:
         for module in model.modules():
             if isinstance(module, kind) and getattr(module, switch, False) and _holds_trained(module):
@@ -63,7 +63,7 @@ def _holds_trained(module: nn.Module) -> bool:
 class FirstStep:
     """A model's forward hook that warns, once, of adapted modules which its first training step did not call.
 
-    It stays silent where anything is compiled: hooks would be traced.
+    It does nothing where a part of the model is compiled: the hooks would be traced.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,14 +80,14 @@ class FirstStep:
         self.remove()
         if any("_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()):
             return
-        waiting = {module: name for name, module in model.named_modules() if _acts(module)}
+        waiting = {module: name for name, module in model.named_modules() if _is_active(module)}
         count = len(waiting)
         hooks: list[RemovableHandle] = []
 
         def called(module: nn.Module, args: Any) -> None:
             waiting.pop(module, None)
 
-        def tell(model: nn.Module, args: Any, output: Any) -> None:
+        def warn(model: nn.Module, args: Any, output: Any) -> None:
             for hook in hooks:
                 hook.remove()
             if waiting and output is not None:  # None: the forward has failed
@@ -100,10 +100,10 @@ class FirstStep:
                 )
 
         hooks += [module.register_forward_pre_hook(called) for module in waiting]
-        hooks.append(model.register_forward_hook(tell, always_call=True))
+        hooks.append(model.register_forward_hook(warn, always_call=True))
 
 
-def _acts(module: nn.Module) -> bool:
+def _is_active(module: nn.Module) -> bool:
     return (
         isinstance(module, LorettaLayer)
         and not module.disable_adapters

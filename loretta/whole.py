@@ -1,4 +1,4 @@
-"""Modules that are trained whole (norms, heads, ``modules_to_save``): held in fp32 beside a base of sixteen bits."""
+"""Modules of which all parameters are trained (norms, heads, ``modules_to_save``): fp32 copies beside a 16-bit base."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from torch.utils._pytree import tree_map_only
 from .norms import is_feature_norm
 from .tensor_train import TensorTrain
 
-HALVES = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 
 
 class TrainedWhole(ModulesToSaveWrapper):
     """PEFT's wrapper around a module and its trained copies, whose dtype may be another than the module's.
 
-    A copy is given what the module would be given and gives back the module's dtype: inputs are cast to the copy's
-    dtype and outputs to the module's, so that all other activations keep theirs. RMSNorms of transformers take their
-    input uncast: they multiply by their weight last, so that a copy that was not trained yet computes the same bits as
-    the module.
+    Inputs are cast to the copy's dtype and outputs to the module's, so that all other activations keep their dtype.
+    RMSNorms of transformers take their input uncast: they multiply by their weight last, so that a copy that was not
+    trained yet computes the same bits as the module.
     """
 
     takes_any_dtype: bool
 
     @classmethod
     def adopt(cls, wrapper: ModulesToSaveWrapper) -> None:
-        """Make one of PEFT's wrappers one of these."""
+        """Change the class of one of PEFT's wrappers to this one."""
         wrapper.__class__ = cls
         assert isinstance(wrapper, cls)
         wrapper.takes_any_dtype = _multiplies_last(wrapper.original_module)
@@ -58,7 +57,7 @@ class TrainedWhole(ModulesToSaveWrapper):
     def widen(self, adapter_name: str) -> None:
         """Hold an adapter's copy in fp32 where it is in sixteen bits."""
         if adapter_name in self.modules_to_save:
-            _recast(self.modules_to_save[adapter_name], lambda _, x: torch.float32 if x.dtype in HALVES else x.dtype)
+            _recast(self.modules_to_save[adapter_name], lambda _, x: torch.float32 if x.dtype in NARROW else x.dtype)
 
     def follow_base_dtype(self, adapter_name: str) -> None:
         """Hold an adapter's copy in the dtype of the module it is a copy of."""
@@ -96,14 +95,14 @@ class TrainedWhole(ModulesToSaveWrapper):
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype in which a module computes: its first floating-point parameter's."""
-    for parameter in module._parameters.values():  # a norm's own: parameters() would take as long as the norm
+    for parameter in module._parameters.values():  # parameters() would take as long as a norm does
         if parameter is not None and parameter.is_floating_point():
             return parameter.dtype
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def _multiplies_last(module: nn.Module) -> bool:
-    """Whether this is a norm of transformers, written in Python, whose weight may have any dtype."""
+    """Whether this is an RMSNorm of transformers, which multiplies by its weight last and takes input of any dtype."""
     return (
         type(module).__module__.startswith("transformers.")
         and not isinstance(module, nn.LayerNorm)
@@ -112,7 +111,7 @@ def _multiplies_last(module: nn.Module) -> bool:
 
 
 def _autocast_widens(module: nn.Module) -> bool:
-    """Whether autocast gives a module's output in fp32 whatever goes in: a LayerNorm's, but on CPUs."""
+    """Whether autocast makes a module's output fp32: a LayerNorm's, on devices other than CPUs."""
     if not isinstance(module, nn.LayerNorm) or module.weight.device.type == "cpu":
         return False
     return torch.is_autocast_enabled(module.weight.device.type)

@@ -49,8 +49,10 @@ def backend(name: str) -> Iterator[None]:
         ValueError: another name.
 
     Example:
+        >>> shape = TTShape.for_matrix(768, 768, rank=5)
+        >>> train = TT(torch.randn(shape.num_params), shape)
         >>> with backend("torch"):
-        ...     y = tt_linear(x, train)
+        ...     y = tt_linear(torch.randn(4, 768), train)
     """
     previous, _choice.name = _choice.name, _checked(name, "backend()")
     try:
@@ -146,12 +148,12 @@ def why_no_triton() -> str | None:
 
 @cache
 def _warn_of_the_slower_path(reason: str) -> None:
-    """Tell once that a GPU is served by PyTorch."""
+    """Warn once that PyTorch serves a GPU."""
     warnings.warn(f"{reason}: PyTorch serves the tensor trains on this GPU, which is slower", stacklevel=2)
 
 
 def _checked(name: str, source: str) -> str:
-    """A backend's name, or an error that tells where the wrong one came from."""
+    """A backend's name, or an error that names the source of a wrong one."""
     if name not in BACKENDS:
         raise ValueError(f"{source} got {name!r}, expected one of {', '.join(BACKENDS)}")
     return name

@@ -33,6 +33,10 @@ def explain(
     Raises:
         ValueError: the second train does not take what the first one gives.
         RuntimeError: `registers` in Triton's interpreter.
+
+    Example:
+        >>> explain(TTShape.for_matrix(768, 64, rank=5), TTShape.for_matrix(64, 768, rank=5))
+        served here by ...
     """
     if registers and os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("registers: the kernels cannot be compiled where TRITON_INTERPRET=1")

@@ -1,4 +1,4 @@
-"""The public functions: what they check, and the call that they make of their arguments."""
+"""The public functions: they check their arguments and make one call of the operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from loretta_kernels import reference
 from loretta_kernels._autocast import cast, off
 from loretta_kernels.call import Call
-from loretta_kernels.operator import apply, apply_again
+from loretta_kernels.operator import apply, apply_cached
 from loretta_kernels.reference import ACTIVATIONS
 from loretta_kernels.shape import TTShape
 from loretta_kernels.train import TT
@@ -27,15 +27,17 @@ def tt_linear(x: Tensor, train: TT) -> Tensor:
 
     Returns:
         `[..., train.shape.out_features]` in x's dtype; under autocast in autocast's, to which x is cast. Sums are in
-        fp32 (fp64 for fp64). Backward keeps x and `[N, waist]`.
+        fp32 (fp64 for fp64). Saved for backward: x and the waist activations `[N, K]`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
         RuntimeError: tensors on different devices; the backend asked for cannot serve.
 
     Example:
-        >>> shape = TTShape.for_matrix(768, 768, rank=5)
-        >>> y = tt_linear(x, TT(cores, shape, bias))
+        >>> shape = TTShape.for_matrix(768, 64, rank=5)
+        >>> cores = torch.randn(shape.num_params, requires_grad=True)
+        >>> tt_linear(torch.randn(2, 3, 768), TT(cores, shape)).shape
+        torch.Size([2, 3, 64])
 
     Source: LoRETTA (NAACL 2024, arXiv 2402.11417) tensorises layers, the classifier among them, this way.
     """
@@ -68,12 +70,12 @@ def tt_adapter(
             down (not in the residual).
         seed: which elements: an int or a one-element int64 tensor; None draws one from the RNG of x's device, so that
             `torch.manual_seed` and checkpointing reproduce a run. One seed drops the same elements on every device and
-            in every backend. Backward draws the mask again, it is not stored.
+            in every backend. The mask is not stored: backward draws it again.
 
     Returns:
         `[..., O]` in the dtype to which x and residual promote. Under autocast x is cast to autocast's dtype first, as
         `nn.Linear` does, and with it a residual that is x; another residual keeps its dtype and so its precision. Sums
-        are in fp32 (fp64 for fp64). Backward keeps x and `[N, waist]`.
+        are in fp32 (fp64 for fp64). Saved for backward: x and the waist activations `[N, K]`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
@@ -81,12 +83,16 @@ def tt_adapter(
 
     Example:
         >>> down, up = TTShape.for_matrix(4096, 64, rank=5), TTShape.for_matrix(64, 4096, rank=5)
+        >>> down_cores, up_cores = torch.randn(down.num_params), torch.zeros(up.num_params)
+        >>> x = torch.randn(8, 4096)
         >>> y = tt_adapter(x, TT(down_cores, down), TT(up_cores, up), activation="gelu", residual=x)
+        >>> torch.equal(y, x)
+        True
 
     Source: LoRETTA_adp (NAACL 2024, arXiv 2402.11417), the tensorised adapter.
     """
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout_p:
-        y = apply_again(x, down, up, activation, scale, residual)
+        y = apply_cached(x, down, up, activation, scale, residual)
         if y is not None:
             return y
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -114,20 +120,22 @@ def tt_lora(
         dropout_p, seed: as `tt_adapter`.
 
     Returns:
-        `[..., O]`, with dtype, autocast, precision and what is kept for backward as `tt_adapter`.
+        `[..., O]`, with dtype, autocast, precision and saved tensors as `tt_adapter`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
         RuntimeError: tensors on different devices; the backend asked for cannot serve.
 
     Example:
-        >>> a, b = TTShape.for_matrix(4096, 8, rank=5), TTShape.for_matrix(8, 4096, rank=5)
+        >>> a, b = TTShape.for_matrix(768, 8, rank=5), TTShape.for_matrix(8, 1024, rank=5)
+        >>> a_cores, b_cores = torch.randn(a.num_params), torch.zeros(b.num_params)
+        >>> x, linear = torch.randn(4, 768), torch.nn.Linear(768, 1024)
         >>> y = tt_lora(x, TT(a_cores, a), TT(b_cores, b), scale=2.0, residual=linear(x))
 
     Source: LoRETTA_rep (NAACL 2024, arXiv 2402.11417), the reparameterised update.
     """
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout_p:
-        y = apply_again(x, a, b, "identity", scale, residual)
+        y = apply_cached(x, a, b, "identity", scale, residual)
         if y is not None:
             return y
     for name, train in (("a", a), ("b", b)):
@@ -149,7 +157,9 @@ def tt_matrix(train: TT) -> Tensor:
         TypeError, ValueError: a train of the wrong kind or size.
 
     Example:
-        >>> W = tt_matrix(TT(cores, TTShape.for_matrix(4096, 64, rank=5)))
+        >>> shape = TTShape.for_matrix(4096, 64, rank=5)
+        >>> tt_matrix(TT(torch.randn(shape.num_params), shape)).shape
+        torch.Size([4096, 64])
 
     Source: LoRETTA (NAACL 2024, arXiv 2402.11417), its tensor-train format.
     """
@@ -209,7 +219,7 @@ def check_x(x: Any, shape: TTShape) -> None:
 
 
 def check_train(name: str, train: Any) -> None:
-    """Raise unless the train's tensors are of the sizes that its shape says."""
+    """Raise unless the train's tensors have the sizes of its shape."""
     if not isinstance(train, TT):
         raise TypeError(f"{name} must be a TT(cores, shape, bias=None), got {type(train).__name__}")
     if not isinstance(train.shape, TTShape):
@@ -245,7 +255,7 @@ def _check_devices(tensors: dict[str, Tensor | None]) -> None:
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as a one-element int64 tensor on a device; None draws one from that device's RNG.
 
-    So nobody waits for a GPU, and a CUDA graph draws another one at every replay.
+    So the host does not wait for a GPU, and a CUDA graph draws another one at every replay.
     """
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

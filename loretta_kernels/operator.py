@@ -1,8 +1,8 @@
 """The one operator: its registration with torch, its gradient, and which of its forms serves a call.
 
-A call on plain tensors runs the backend at once; torch's dispatcher takes it where something else must see it (a
-compiler, a dispatch mode, tensors of meta or of another class). Where a function transform, forward-mode
-differentiation, a tracer or the ONNX exporter is at work, the definition is computed, in torch's own operators.
+A call on plain tensors, outside of torch.compile and dispatch modes, runs the backend directly. Under these, and for
+meta tensors and subclasses, it goes through the registered operators. Under function transforms, forward-mode
+differentiation, torch.jit.trace and the ONNX exporter the definition is computed, in torch's own operators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loretta_kernels import _dispatch, reference
-from loretta_kernels._torch.inference import again
+from loretta_kernels._torch.inference import infer_cached
 from loretta_kernels.call import Call
 from loretta_kernels.philox import dropout_factor
 from loretta_kernels.shape import TTShape
@@ -86,7 +86,7 @@ for _name, _run, _fake in (
 
 
 def apply(call: Call) -> Tensor:
-    """y of a call whose arguments were checked."""
+    """y of a call with checked arguments."""
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             return definition(call)
@@ -99,11 +99,11 @@ def apply(call: Call) -> Tensor:
     return y
 
 
-def apply_again(x: Any, down: Any, up: Any, activation: str, scale: Any, residual: Any) -> Tensor | None:
-    """y without gradients of arguments that PyTorch's path has served before; None where it did not."""
-    if _dispatch.forced() == "triton" or _is_transformed() or torch.is_autocast_enabled("cpu"):
+def apply_cached(x: Any, down: Any, up: Any, activation: str, scale: Any, residual: Any) -> Tensor | None:
+    """y, for a call without gradients whose checked arguments PyTorch's path has cached; otherwise None."""
+    if _dispatch.forced() not in ("auto", "torch") or _is_transformed() or torch.is_autocast_enabled("cpu"):
         return None
-    return again(x, down, up, activation, scale, residual, _is_plain)
+    return infer_cached(x, down, up, activation, scale, residual, _is_plain)
 
 
 def definition(call: Call) -> Tensor:
@@ -150,8 +150,8 @@ class _Adapter(torch.autograd.Function):
                 with _dispatch.backend(ctx.backend):
                     grads = _grads(call, waist, dy, needs)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
-        kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return *kept, None, dresidual, None, None, None, None, None, None
+        wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *wanted, None, dresidual, None, None, None, None, None, None
 
 
 def _grads(call: Call, waist: Tensor, dy: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -172,7 +172,7 @@ def _differentiable_grads(call: Call, dy: Tensor, needs: tuple[bool, ...]) -> tu
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.jit.trace is at work."""
+    """Whether a torch.func transform, forward-mode differentiation or torch.jit.trace is active."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -181,7 +181,7 @@ def _is_transformed() -> bool:
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing but the backend has to see a call on these tensors: no mode, no lazy negation, no subclass."""
+    """Whether no dispatch mode is on and no tensor is a subclass, lazily negated or conjugated."""
     if is_in_torch_dispatch_mode():
         return False
     plain = _plain_keys(next(t.device.type for t in tensors if t is not None))

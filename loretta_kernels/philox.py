@@ -49,14 +49,14 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
     Words are held in int64, where their products fit; the upper halves of c1 and c3 are not cleared, nor used.
     """
     device = seed.device
-    # On a CPU a number is quick, and a one-element tensor slow; on a GPU a number would have to be waited for.
+    # On a CPU arithmetic with a Python number is faster than with a one-element tensor; on a GPU it would synchronise.
     plain = type(seed) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(seed)
     key = int(seed) if plain and device.type == "cpu" else seed.reshape(())
     k0, k1 = key & _WORD, key >> 32 & _WORD
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
     quad = torch.arange(-(-columns // COLUMNS), device=device)[None, :]
-    # The first two rounds hardly mix rows and columns: they are computed on vectors. The others are in place, since
-    # fresh memory would cost more than they do.
+    # In the first two rounds a word depends on the row or on the column, not on both: they are computed on vectors. The
+    # others work in place, since allocating memory would cost more than they do.
     p0, p1 = (row & _WORD) * _M0, quad * _M1
     c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ (row >> 32) ^ k0, p1, (p0 >> 32 & _WORD) ^ k1, p0
     k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD

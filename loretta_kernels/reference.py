@@ -1,7 +1,12 @@
-"""The operators as definitions: plain autograd, any dtype. For reading, and the oracle of the tests.
+"""The operators as definitions: plain autograd, any dtype. Written to be read, and the oracle of the tests.
 
 Everything is computed in x's dtype; give fp64 tensors for the truth. `mask` stands where the operators have `dropout_p`
 and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for the others.
+
+Example:
+    >>> shape = TTShape.for_matrix(768, 64, rank=5)
+    >>> cores = torch.randn(shape.num_params, dtype=torch.float64)
+    >>> y = tt_linear(torch.randn(4, 768, dtype=torch.float64), TT(cores, shape))
 
 Source: LoRETTA (NAACL 2024, arXiv 2402.11417).
 """

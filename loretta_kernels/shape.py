@@ -43,9 +43,9 @@ class TTShape:
         in_modes: `i1..ip`, whose product is `in_features`.
         out_modes: `o1..oq`, whose product is `out_features`.
         ranks: an int, the rank of every inner bond (never clipped: the paper's parameter counts depend on it), or one
-            rank for each of the `p + q - 1` inner bonds. Kept as a tuple.
+            rank for each of the `p + q - 1` inner bonds. Stored as a tuple.
         gains: two exponents of 2, by which the product of the input cores and that of the output cores are multiplied.
-            They decide how far one step of an optimiser moves W, and nothing else (DESIGN.md says why).
+            They decide how far one step of an optimiser moves W, and nothing else (see DESIGN.md).
 
     Attributes:
         modes: all modes, input then output.
@@ -138,6 +138,10 @@ class TTShape:
 
         Raises:
             TypeError, ValueError: as the class does, and for sizes below 1.
+
+        Example:
+            >>> TTShape.for_matrix(4096, 64, rank=5).modes
+            (16, 16, 16, 4, 4, 4)
 
         Source: LoRETTA, table 10 (appendix).
         """

@@ -1,16 +1,16 @@
-"""Where training starts, and how far one step goes: the gains of a train and its first cores.
+"""Gains and initial values of cores: how far one step of an optimiser moves a train, and from where.
 
-Adam moves every stored number by about the rate. A train has few numbers, and the wider the layer, the less each of
-them moves it; so a core G is stored divided by a gain c that depends on its size, its train's waist and the layer's
-width, and one step moves G by c times the rate. With n numbers in the core, all other cores orthonormal about it, and
-the waist K:
+Adam moves every parameter by about the learning rate. A train has few parameters, and the wider the layer, the less a
+step changes its matrix; so a core G is stored divided by a gain c that depends on its size, its train's waist and the
+layer's width, and one step moves G by c times the rate. With n numbers in the core, all other cores orthonormal about
+it, and the waist K:
 
     a train from the layer's width to the waist     c = DOWN · sqrt(K / n)
     a train from the waist to the layer's width     c = UP · sqrt(K · width / n)
 
 which moves the train as far as that rate moves the two factors of a LoRA, at every width (DESIGN.md has the argument
-and the figures). Only the product of a side's gains matters to the function: it is rounded to a power of two, which the
-shape holds (`TTShape.gains`); the rest is in the cores.
+and the figures). The function depends only on the product of a side's gains: it is rounded to a power of two and stored
+in the shape (`TTShape.gains`); the remainder is in the cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DOWN, UP = 16.0, 2.0
 
 
 def with_gains(shape: TTShape, up: bool) -> TTShape:
-    """The shape with the gains by which it trains at a LoRA's rates.
+    """The shape with the gains for learning rates that are usual for LoRA.
 
     Args:
         up: whether the train leads from the waist to the layer's width, as the second of an adapter does.
@@ -56,14 +56,14 @@ def start_(cores: Tensor, shape: TTShape, up: bool, zero: bool) -> Tensor:
     if cores.is_meta:
         return cores
     centre = _largest(shape) if zero else shape.cut
-    parts = []
+    cores_list = []
     for k, (left, mode, right) in enumerate(shape.core_shapes):
         rows, columns = (left * mode, right) if k < centre else (left, mode * right)
         u, _, vh = torch.linalg.svd(torch.randn(rows, columns, dtype=torch.float64), full_matrices=False)
-        parts.append((u @ vh).reshape(-1))
+        cores_list.append((u @ vh).reshape(-1))
     if zero:
-        parts[centre].zero_()
-    stored = [part / gain for part, gain in zip(parts, _stored_gains(shape, up), strict=True)]
+        cores_list[centre].zero_()
+    stored = [core / gain for core, gain in zip(cores_list, _stored_gains(shape, up), strict=True)]
     return cores.copy_(torch.cat(stored))
 
 

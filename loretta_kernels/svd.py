@@ -1,4 +1,4 @@
-"""Tensor trains that are, or are near, a matrix: TT-SVD."""
+"""TT-SVD: a matrix as a tensor train, exactly or approximately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def tt_svd(
     matrix: Tensor, in_modes: Iterable[int], out_modes: Iterable[int], max_rank: int | None = None
 ) -> list[Tensor]:
-    """The cores of a train that is, or is near, a matrix.
+    """The cores of a train that equals a matrix, or approximates it.
 
     Args:
         matrix: `[I, O]`, any dtype; computed in fp64.
@@ -25,7 +25,9 @@ def tt_svd(
         RuntimeError: the modes are not those of the matrix.
 
     Example:
-        >>> cores = tt_svd(linear.weight.T, (16, 16, 16), (4, 4, 4), max_rank=8)
+        >>> cores = tt_svd(torch.randn(64, 16), (8, 8), (4, 4), max_rank=8)
+        >>> [tuple(core.shape) for core in cores]
+        [(1, 8, 8), (8, 8, 8), (8, 4, 4), (4, 4, 1)]
 
     Source: Oseledets, Tensor-Train Decomposition (SIAM J. Sci. Comput. 33, 2011), algorithm 1.
     """

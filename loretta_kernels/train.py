@@ -1,4 +1,4 @@
-"""A tensor train with its values: what every function of this package takes."""
+"""A tensor train with its values, the argument of every function of this package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TT:
 
     Example:
         >>> shape = TTShape.for_matrix(768, 64, rank=5)
-        >>> TT(0.3 * torch.randn(shape.num_params), shape, bias=torch.zeros(64))
+        >>> train = TT(0.3 * torch.randn(shape.num_params), shape, bias=torch.zeros(64))
     """
 
     cores: Tensor

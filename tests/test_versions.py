@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Used where it is there: torch brings Triton along, and DeepSpeed is who runs the process.
-UNDECLARED = {"triton", "deepspeed"}
+# Used where it is there: torch brings Triton along, datasets pyarrow, and DeepSpeed is who runs the process.
+UNDECLARED = {"triton", "pyarrow", "deepspeed"}
 
 
 def requirements(section: str) -> dict[str, str]:

@@ -61,11 +61,12 @@ def assemble(code: Code, phase_of: PHASE_OF = lambda loc: "all") -> Program:
     encoded = np.zeros((len(code.instructions), len(Ins._fields_)), np.int32)
     operands: list[int] = []
     number = kinds()
-    for row, each in zip(encoded, code.instructions, strict=True):
+    meetings = _meetings(code)
+    for index, (row, each) in enumerate(zip(encoded, code.instructions, strict=True)):
         phase = phase_of(each.loc) or phase or "start"
         if phase not in phases:
             phases.append(phase)
-        k = [code.labels[each.target]] if each.kind == "BRANCH" else each.k
+        k = [code.labels[each.target], meetings[index]] if each.kind == "BRANCH" else each.k
         first = len(operands)
         operands += [at[result] for result in each.results]
         operands += [at[source] if isinstance(source, str) else constant(source) for source in each.sources]
@@ -102,6 +103,30 @@ def _blocks(code: Code) -> tuple[list[tuple[int, int]], list[list[int]]]:
             after.append(of_start[end])
         following.append(after)
     return blocks, following
+
+
+def _meetings(code: Code) -> dict[int, int]:
+    """For every branch the instruction through which all paths from it lead first, or -1: they end apart."""
+    blocks, following = _blocks(code)
+    everywhere = (1 << len(blocks)) - 1
+    after = [everywhere] * len(blocks)  # the blocks through which all paths from a block's beginning lead, as bits
+    changed = True
+    while changed:
+        changed = False
+        for b in reversed(range(len(blocks))):
+            through = everywhere if following[b] else 0
+            for next_block in following[b]:
+                through &= after[next_block]
+            through |= 1 << b
+            changed |= through != after[b]
+            after[b] = through
+    meetings = {}
+    for b, (_, end) in enumerate(blocks):
+        if code.instructions[end - 1].kind == "BRANCH":
+            others = [c for c in range(len(blocks)) if c != b and after[b] >> c & 1]
+            first = max(others, key=lambda c: after[c].bit_count(), default=None)  # what follows most follows first
+            meetings[end - 1] = -1 if first is None else blocks[first][0]
+    return meetings
 
 
 def _registers_of(each: Instruction) -> Iterator[str]:

@@ -104,6 +104,11 @@ def convert_upstream(
         MissingParameters: with ``missing="refuse"``; lists what was trained but not saved.
         FileExistsError: ``out`` holds something.
         ValueError: the files are damaged, hostile, or do not fit the base model; the message says where.
+
+    Example:
+        >>> done = convert_upstream("runs/old", "runs/new", base="base")
+        >>> done.method, done.from_base
+        ('adp', [])
     """
     if missing not in ("refuse", "base"):
         raise ValueError(f"missing must be 'refuse' or 'base', got {missing!r}")
@@ -208,7 +213,7 @@ def _renamed(name: str) -> str:
 
 
 def _config(adapter: UpstreamAdapter, model: nn.Module, shapes: dict[str, TTShape]) -> _LorettaConfig:
-    """Our config: what the released one says, and the trains that our defaults would shape otherwise."""
+    """Our config: the released one's fields, and the trains that our defaults would shape otherwise."""
     fields = {name: adapter.config[name] for name in f"{CARRIED[adapter.method]} {CARRIED_BY_BOTH}".split()
               if name in adapter.config}  # fmt: skip
     head = _tensorised_head(adapter, model)

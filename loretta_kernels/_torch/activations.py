@@ -1,4 +1,4 @@
-"""The activations and the way back through them, one fused call each."""
+"""The activations and their gradients, one fused call each."""
 
 from __future__ import annotations
 

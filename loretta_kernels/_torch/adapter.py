@@ -26,7 +26,7 @@ from loretta_kernels.call import Call
 
 
 class _Parameters(NamedTuple):
-    """What a call computes from its parameters alone.
+    """What depends on a call's parameters alone.
 
     With a bias b_u, `M [.., K + 1]` gives z a column of ones by `ones [K + 1]`, and `R [K + 1, O]` has scale · b_u for
     its last row: then the bias costs no pass over y or dy of its own.
@@ -134,7 +134,7 @@ def parameters_of(call: Call) -> _Parameters:
 
 
 def has_hidden(call: Call) -> bool:
-    """Whether something stands between the two trains, so that they cannot be multiplied."""
+    """Whether an activation or a bias lies between the two trains, so that R_d · L_u cannot be computed beforehand."""
     return call.up is not None and (call.activation != "identity" or call.down_bias is not None)
 
 
@@ -148,7 +148,7 @@ def _hidden(call: Call, parameters: _Parameters, s: Tensor) -> tuple[Tensor | No
 
 
 def _scaled(U: Tensor, scale: float | Tensor, with_ones: bool) -> tuple[Tensor, Tensor | None]:
-    """scale · U; or with a column of zeros, and what makes ones of that column."""
+    """scale · U; with a column of zeros for the bias, and the vector that turns it into ones."""
     if not with_ones:
         return U * scale, None
     M = torch.cat([U * scale, U.new_zeros(len(U), 1)], dim=1)

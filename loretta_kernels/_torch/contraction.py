@@ -1,9 +1,9 @@
-"""The two sides of a tensor train, and the way back from their gradients to those of the cores.
+"""The two sides of a tensor train, and the gradients of the cores from those of the sides.
 
 W = L · R,   L [I, K] the product of the input cores,   R [K, O] that of the output cores, each times its gain
 
-What is computed from parameters alone is kept as long as they live, and used while they are the same: backward needs it
-again, and so does every forward until the next step of an optimiser.
+What depends on parameters alone is cached for as long as they live, and used while their values are the same: backward
+needs it again, and so does every forward until the next step of an optimiser.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from loretta_kernels.shape import TTShape
 
 _latest = WeakTensorKeyDictionary()
-_promises = threading.local()
+_local = threading.local()
 
 
 @contextmanager
@@ -32,30 +32,31 @@ def frozen() -> Iterator[None]:
     optimisers), and elsewhere it contracts at every call. The Triton kernels contract inside their launch.
 
     Example:
+        >>> layer = TTLinear(768, 768, rank=5)
         >>> with torch.no_grad(), frozen():
-        ...     for batch in batches:
-        ...         model(batch)
+        ...     for _ in range(3):
+        ...         y = layer(torch.randn(4, 768))
     """
-    before = getattr(_promises, "frozen", False)
-    _promises.frozen = True
+    before = getattr(_local, "frozen", False)
+    _local.frozen = True
     try:
         yield
     finally:
-        _promises.frozen = before
+        _local.frozen = before
 
 
 class Snapshot:
-    """What a parameter was, to tell whether it still is that."""
+    """A parameter's value at one time, to compare with later ones."""
 
     def __init__(self, value: Any) -> None:
         self.identity = _identity(value)
         self.value = value.detach().clone() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
     def is_of(self, value: Any) -> bool:
-        """Whether the value is the same as then; where that cannot be told without waiting for a GPU, it is not."""
+        """Whether the value is the same; False where only a synchronisation with the GPU could tell."""
         if not isinstance(value, Tensor) or not isinstance(self.value, Tensor):
             return value is self.value or (isinstance(value, float) and value == self.value)
-        if getattr(_promises, "frozen", False):
+        if getattr(_local, "frozen", False):
             return self.identity is not None and self.identity == _identity(value)
         return value.device.type == "cpu" and value.dtype is self.value.dtype and torch.equal(value, self.value)
 
@@ -68,7 +69,7 @@ def _identity(value: Any) -> tuple[Any, ...] | None:
 
 
 def contract(cores: Tensor, shape: TTShape, dtype: torch.dtype) -> Contraction:
-    """The train of `cores [num_params]` and `shape`, contracted in `dtype`: the latest contraction where it is that."""
+    """The train of `cores [num_params]` and `shape`, contracted in `dtype`; cached while the values are equal."""
     found = _latest.get(cores)
     if found is None or found.shape != shape or found.R.dtype is not dtype or not found.cores.is_of(cores):
         found = _latest[cores] = Contraction(cores, shape, dtype)
@@ -84,7 +85,7 @@ class Contraction:
         values = cores.detach().to(dtype, copy=True).contiguous()
         start, matrices = 0, []
         for r, n, r_next in shape.core_shapes:
-            # One call where split and view would be two: with few rows the calls are what costs.
+            # One call where split and view would be two: with few rows, calls dominate the time.
             matrices.append(values.as_strided((r, n * r_next), (n * r_next, 1), start))
             start += r * n * r_next
         cut, K = shape.cut, shape.waist

@@ -1,8 +1,8 @@
-"""The operator for few rows without gradients, as in decoding, where calls and Python are what costs.
+"""The operator for at most `MOST_ROWS` rows without gradients, as in decoding, where calls and Python dominate time.
 
-What was computed from the parameters is remembered with them, and used while they are equal to what they were. A call
-is then what a LoRA's or a bottleneck adapter's is: a product for each factor. A call that was checked once is not
-checked again (`again`).
+What depends on the parameters is cached with them, and used while their values are equal to the cached ones. A call
+then costs what a LoRA's or a bottleneck adapter's does: one product for each factor. Arguments that were checked in an
+earlier call are not checked once more (`infer_cached`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from loretta_kernels.call import Call
 from loretta_kernels.train import TT
 
 MOST_ROWS = 64
-_known: dict[tuple[int, int], _Remembered] = {}
+_cache: dict[tuple[int, int], _Prepared] = {}
 
 
-class _Remembered:
+class _Prepared:
     """A call's parameters, ready for rows."""
 
     def __init__(self, call: Call, forget: Callable[[Any], None]) -> None:
@@ -36,7 +36,7 @@ class _Remembered:
         self.delta = _delta(call)
 
     def serves(self, x: Tensor, parameters: tuple[Any, ...], constants: tuple[Any, ...]) -> bool:
-        """Whether a call has the same parameters, number by number, and the same constants."""
+        """Whether a call has parameters of equal values and the same constants."""
         if self.dtype is not x.dtype or self.constants != constants:
             return False
         for parameter, copy in zip(parameters, self.copies, strict=True):
@@ -48,13 +48,13 @@ class _Remembered:
         return True
 
 
-def again(
+def infer_cached(
     x: Any, down: Any, up: Any, activation: str, scale: Any, residual: Any, is_plain: Callable[..., bool]
 ) -> Tensor | None:
-    """y of few rows where such a call was served before; None where the arguments have yet to be looked at."""
+    """y where a call with equal parameters was served before; None where the arguments must be checked first."""
     if type(down) is not TT or type(up) is not TT or type(scale) is not float:
         return None
-    known = _known.get((id(down.cores), id(up.cores)))
+    known = _cache.get((id(down.cores), id(up.cores)))
     if known is None or type(x) is not Tensor:
         return None
     residual_is_x, size = residual is x, x.shape
@@ -78,7 +78,7 @@ def again(
 
 
 def infer(call: Call) -> Tensor | None:
-    """y of few rows on a CPU, in fp32 or fp64; None where the general way must serve."""
+    """y of at most `MOST_ROWS` rows on a CPU, in fp32 or fp64; None where `forward` must serve."""
     x = call.x
     if x.device.type != "cpu" or x.numel() > MOST_ROWS * x.shape[-1] or call.seed is not None:
         return None
@@ -86,19 +86,19 @@ def infer(call: Call) -> Tensor | None:
     if x.dtype is not call.sum_dtype or (residual is not None and residual.dtype is not x.dtype):
         return None
     key = id(call.down), id(call.up)
-    known = _known.get(key)
+    known = _cache.get(key)
     if known is None or not known.serves(x, call[1:6], call[8:]):
-        known = _known[key] = _Remembered(call, partial(_forget, key))
+        known = _cache[key] = _Prepared(call, partial(_forget, key))
     y = known.delta(x)
     return y if residual is None else y.add_(residual)
 
 
 def _forget(key: tuple[int, int], _: Any) -> None:
-    _known.pop(key, None)
+    _cache.pop(key, None)
 
 
 def _delta(call: Call) -> Callable[[Tensor], Tensor]:
-    """What is added to the residual, of x."""
+    """The function from x to what is added to the residual."""
     parameters = parameters_of(call)
     Lt, M, R, ones = parameters.down.Lt, parameters.M, parameters.R, parameters.ones
     if has_hidden(call):

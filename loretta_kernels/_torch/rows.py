@@ -1,7 +1,7 @@
 """The products of a train's side with tensors of N rows, and dropout.
 
-A block of rows at a time: what its first product brings into the cache is still there for its second. Rows of low
-precision are widened, and dropout masks drawn, for one block too: temporary memory is that of a block, whatever N is.
+Rows are processed a block at a time: a block that its first product loads into the cache is still there for its second.
+16-bit rows are widened, and dropout masks drawn, for one block at a time too, so temporary memory does not grow with N.
 
 Which layouts are fast on CPU: a wide operand must be read along its rows of I or O elements, and be the second factor.
 `sᵀ · x` is 8 times faster than `xᵀ · s`; `Lt · xᵀ` 3 times than `x · L`, and 1.5 times than `x · Ltᵀ` where x comes
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from loretta_kernels.philox import dropout_factor
 
-CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22  # elements: what fits a core's cache; few launches
-LEAST_ROWS = 16  # of a block, where rows are so long that a call for each would show
+CPU_BLOCK, GPU_BLOCK = 1 << 16, 1 << 22  # elements: fits a CPU core's cache; keeps launches on a GPU few
+LEAST_ROWS = 16  # in a block of very long rows: a call for each row would cost more than it computes
 
 
 class Dropout(NamedTuple):
@@ -135,5 +135,5 @@ def _split(x: Tensor, step: int, dim: int = 0) -> tuple[Tensor, ...]:
 
 
 def _blocks_of(x: Tensor | None, step: int, dim: int = 0) -> Iterator[Tensor | None]:
-    """The blocks of x, or Nones for ever."""
+    """The blocks of x, or an endless sequence of None."""
     return repeat(None) if x is None else iter(_split(x, step, dim))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import act, add_to, cast, dact, dot, dropout_factor
+from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
 from loretta_kernels._triton.forward_kernel import hidden, up_waist
 from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
@@ -136,6 +136,7 @@ def _backward_kernel(
     # dscale is one sum: what R_u loses to 16 bits would not average out of it.
     EXACT_DZ: tl.constexpr = dscale_ptr is not None and DTYPE != tl.float32
 
+    dscale = tl.full([], 0, tl.float32)
     for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         rows = block_rows(block, BLOCK_N)
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
@@ -157,8 +158,7 @@ def _backward_kernel(
                     dtile = dot(tl.trans(dy), z_ones, tl.full([BLOCK_C, RU.KP], 0, tl.float32), PRECISION)
                     add_grad(grads_ptr, c, dtile, RU, ATOMIC)
         if dscale_ptr is not None:
-            if part == 0:
-                add_to(grads_ptr + DSCALE, tl.sum(z * dz), None, ATOMIC)
+            dscale += tl.sum(z * dz)
         dz *= total
 
         if RD is None:
@@ -166,7 +166,7 @@ def _backward_kernel(
         else:
             ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
             s_ones = ones_beside(s, RD.K)
-            for b0 in range(0, RD.size, BLOCK_B):
+            for b0 in tl.range(0, RD.size, BLOCK_B, num_stages=1):  # as in `up_waist`
                 b = b0 + tl.arange(0, BLOCK_B)
                 h, down_tile = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
                 up_tile = load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B)
@@ -206,6 +206,12 @@ def _backward_kernel(
                         dx += base.to(tl.float32)
                     store_rows(dx_ptr, rows, LD.size, c, N, LD.size, dx)
 
+    if dscale_ptr is not None:
+        if part == 0:
+            if ATOMIC:
+                tl.atomic_add(grads_ptr + DSCALE, dscale, sem="relaxed")
+            else:
+                tl.store(grads_ptr + DSCALE, dscale)
     if ATOMIC:
         if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(

@@ -48,7 +48,8 @@ def up_waist(
         z = s
     else:
         z = tl.full([s.shape[0], LU.KP], 0, tl.float32)
-        for b0 in range(0, RD.size, BLOCK_B):
+        # Not pipelined: Triton 3.7.1 puts no proxy fence between cp.async and a wgmma that reads what it copied.
+        for b0 in tl.range(0, RD.size, BLOCK_B, num_stages=1):
             h, _ = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
             z = dot(act(h, ACTIVATION), load_tile(tables_ptr, up_ptr, (), b0, LU, BLOCK_B), z, PRECISION)
     return z

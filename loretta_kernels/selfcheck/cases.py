@@ -39,7 +39,7 @@ class Case:
         return self.shapes[-1].out_features
 
     def problem(self, N: int, dtype: torch.dtype, **options: object) -> Problem:
-        """Random numbers for it; `options` as of `random_problem`."""
+        """A random problem of this case; `options` as of `random_problem`."""
         return random_problem(self.operator, self.shapes, N, dtype, activation=self.activation, **options)  # type: ignore[arg-type]
 
     def compulsory_bytes(self, N: int, itemsize: int) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def linear_case(size: int, rank: int) -> Case:
 def check_cases(
     cases: Iterable[Case], dtypes: Iterable[torch.dtype], N: int, device: torch.device | str, backend: str
 ) -> Iterator[Row]:
-    """Every answer of every case in every dtype: of random numbers, and of whole ones, which must come out exact."""
+    """Every answer of every case in every dtype, for random numbers and, where answers must be exact, whole ones."""
     dtypes = tuple(dtypes)
     for case in cases:
         for dtype in dtypes:

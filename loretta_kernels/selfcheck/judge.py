@@ -1,10 +1,11 @@
 """The one rule by which the answers of the operators are judged.
 
-Of an exact problem every answer must equal the definition's, computed in fp64 and rounded once to the answer's dtype.
+An answer is an output or a gradient. For an exact problem every answer must equal the definition's, computed in fp64
+and rounded once to the answer's dtype.
 
-Of any other problem the error of an answer, relative and of all its elements together, may be five standard deviations
-of what the backend's roundings cost: the computation is run in fp64 with random errors where the backend rounds. What
-rounds in a backend is named in `MODELS`; a sum of n terms in fp32 errs as one term after the other would.
+For any other problem the relative error of an answer, in the norm of all its elements, may be five standard deviations
+of the error that the backend's roundings cause: the computation is run in fp64 with random errors where the backend
+rounds. `MODELS` lists what a backend rounds; a sum of n terms in fp32 is taken to err as sequential summation does.
 """
 
 from __future__ import annotations
@@ -106,36 +107,36 @@ def allowed(problem: Problem, truth: Answers, dtypes: dict[str, torch.dtype], ba
     for _ in range(DRAWS):
         answers = staged(exact, rounding)
         for key in truth:
-            rounded = _off(answers[key], torch.finfo(dtypes[key]).eps / 2, generator)
+            rounded = _perturbed(answers[key], torch.finfo(dtypes[key]).eps / 2, generator)
             squares[key] += error(rounded, truth[key]) ** 2 / DRAWS
     return {key: DEVIATIONS * sqrt(square) for key, square in squares.items()}
 
 
 def _noise(problem: Problem, backend: str, generator: torch.Generator) -> Rounding:
-    """Random errors where a backend rounds."""
+    """A function that perturbs operands where the backend rounds."""
     dtype = problem.x.dtype
     sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    short = dtype in (torch.bfloat16, torch.float16)
+    is_16_bit = dtype in (torch.bfloat16, torch.float16)
 
     def rounding(stage: str, value: Tensor, terms: int) -> Tensor:
-        value = _off(value, sums * (0.5 + sqrt(terms) / 5), generator)
-        if short and stage in MODELS[backend]:
-            value = _off(value, torch.finfo(dtype).eps / 2, generator)
-        if short and backend == "triton" and stage in IN_TF32:
-            value = _off(value, TF32, generator)
+        value = _perturbed(value, sums * (0.5 + sqrt(terms) / 5), generator)
+        if is_16_bit and stage in MODELS[backend]:
+            value = _perturbed(value, torch.finfo(dtype).eps / 2, generator)
+        if is_16_bit and backend == "triton" and stage in IN_TF32:
+            value = _perturbed(value, TF32, generator)
         return value
 
     return rounding
 
 
-def _off(value: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Every element off by at most this part of it."""
+def _perturbed(value: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Every element with a random relative error of at most `most`."""
     noise = torch.rand(value.shape, generator=generator, dtype=value.dtype, device=value.device)
     return value * (1 + most * (2 * noise - 1))
 
 
 def is_exact(problem: Problem) -> bool:
-    """Whether a problem's numbers stay so small and whole that no backend may round before the end."""
+    """Whether all values of a problem stay so small and so near to integers that no backend rounds before the end."""
     if problem.activation not in ("relu", "identity") or problem.x.dtype is torch.float64:
         return False
     fine = True
@@ -215,7 +216,7 @@ def staged(problem: Problem, rounding: Rounding) -> Answers:
 
 
 def _sides(name: str, cores: Tensor, shape: TTShape, rounding: Rounding) -> Iterator[Tensor]:
-    """L and R, made of cores that were rounded, and rounded themselves."""
+    """L and R, perturbed, of perturbed cores."""
     L, R = tt_sides(rounding("cores", cores, max(shape.ranks, default=1)), shape)
     yield rounding(f"L_{name}", L, shape.in_features)
     yield rounding(f"R_{name}", R, shape.waist)

@@ -21,7 +21,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def report(rows: Sequence[Row], timings: Sequence[Timing] = (), every: bool = False) -> str:
-    """A table of errors and one of times, and every miss; of each case and dtype the worst error, or `every` one."""
+    """A table of errors, of the worst answer of each case and dtype or of `every` one, then times and misses."""
     shown = (
         rows if every else [max(group, key=_nearness) for _, group in groupby(rows, lambda row: (row.case, row.dtype))]
     )
@@ -39,7 +39,7 @@ def report(rows: Sequence[Row], timings: Sequence[Timing] = (), every: bool = Fa
 
 
 def _nearness(row: Row) -> float:
-    """How near to the bar an error is; not a number, and any error where none is allowed, are beyond every other."""
+    """An error over its bar; infinite for NaN, and for any error where none is allowed."""
     if row.missed and (row.error != row.error or not row.bar):
         return float("inf")
     return row.error / row.bar if row.bar else 0.0

@@ -1,4 +1,4 @@
-"""On a GPU: the time of an operator against that of a device copy of the bytes it cannot avoid to move."""
+"""On a GPU: the time of an operator against that of a device copy of the bytes that it must move."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from bench import upstream
 from bench.operators import Measurement
 from bench.problems import Cell, Problem
 from bench.trains import wave_cores
-from loretta_kernels import TTShape, reference
+from loretta_kernels import TT, TTShape, reference
 
 CPU = torch.device("cpu")
 CELLS = (Cell("adp", 768, 64, 5, 5), Cell("rep", 768, 8, 4, 5), Cell("cls", 768, 0, 5, 5))
@@ -24,7 +24,7 @@ CELLS = (Cell("adp", 768, 64, 5, 5), Cell("rep", 768, 8, 4, 5), Cell("cls", 768,
 def test_waves_are_one_matrix_in_every_shape_and_of_full_rank(rank):
     shapes = TTShape((4, 4, 4), (3, 8, 4), rank), TTShape((8, 8), (2, 48), rank), TTShape((64,), (96,), rank)
     first, *others = (
-        reference.tt_matrix(torch.cat([core.reshape(-1) for core in wave_cores(shape.modes, rank, 0.5, 3)]), shape)
+        reference.tt_matrix(TT(torch.cat([core.reshape(-1) for core in wave_cores(shape.modes, rank, 0.5, 3)]), shape))
         for shape in shapes
     )
     for other in others:
@@ -41,7 +41,7 @@ def test_every_peer_here_is_right_and_timed(cell):
     absent = {"upstream"} if not upstream.FOLDER.is_dir() else set()
     assert set(found["unavailable"]) == absent
     compared = {"LoRA r=8", "LoRA r=16"} if cell.kind == "rep" else {"dense"}
-    assert set(found["peers"]) == {"loretta", "loretta torch", "upstream", "copy", "base linear"} - absent | compared
+    assert set(found["peers"]) == {"loretta", "upstream", "copy", "base linear"} - absent | compared
     assert all(peer["both"] > 0 for peer in found["peers"].values())
 
 

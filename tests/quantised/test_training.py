@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,17 @@ def test_an_evaluation_and_a_save_change_neither_gradients_nor_the_base(
 def test_a_bf16_base_prepared_and_checkpointed_has_the_same_gradients(
     method: str, use_reentrant: bool, folder: Path
 ) -> None:
-    config = WEIGHTS_ONLY["nf4-double"]()
-    plain = get_peft_model(load(folder, config, torch.bfloat16), CONFIGS[method])
+    config, peft_config = WEIGHTS_ONLY["nf4-double"](), copy.deepcopy(CONFIGS[method])
+    if method == "adp":
+        peft_config.non_linearity = "tanh"  # where relu bends, a rounding can decide a gradient
+    plain = get_peft_model(load(folder, config, torch.bfloat16), copy.deepcopy(peft_config))
     cores = {name: parameter for name, parameter in trained(plain).items() if "norm" not in name}
     assert {parameter.dtype for parameter in trained(plain).values()} == {torch.float32}
 
     prepared = prepare_model_for_kbit_training(
         load(folder, config, torch.bfloat16), gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
     )
-    model = get_peft_model(prepared, CONFIGS[method])
+    model = get_peft_model(prepared, peft_config)
     model.load_state_dict(cores, strict=False)
     found, expected = gradients(model), gradients(plain)
     assert found.keys() == expected.keys()

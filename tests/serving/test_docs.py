@@ -94,7 +94,7 @@ def test_move_from_upstream(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     (tmp_path / "runs" / "old").symlink_to(FIXTURES / "llama-adp")
     run_page("from-upstream.md")
     said = capsys.readouterr().out
-    assert "adp {'8x768': TTShape(in_modes=(8,), out_modes=(8, 12, 8), ranks=(5, 5, 5))} []" in said
+    assert "adp {'8x768': TTShape(in_modes=(8,), out_modes=(8, 12, 8), ranks=(5, 5, 5), gains=(0, 0))} []" in said
     assert "trainable params: " in said
 
 
@@ -132,9 +132,3 @@ def test_add_a_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert layer.placement == {"default": "mh_adapter"}
     adapted = [name for name, module in names["blocks"].named_modules() if hasattr(module, "loretta_adp_up")]
     assert [name.split("layers.")[1] for name in adapted] == ["0.mlp.loretta_block", "1.mlp.loretta_block"]
-
-
-@pytest.mark.parametrize("page", ["serve.md", "from-upstream.md", "add-a-family.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text()):
-        assert (DOCS / target).exists(), target

@@ -104,7 +104,7 @@ def test_the_file_says_that_it_is_of_pytorch(target: str, tmp_path: Path) -> Non
 def test_the_two_halves_of_a_train_multiply_to_its_matrix(shape: TTShape) -> None:
     torch.manual_seed(0)
     train = TensorTrain(shape).double()
-    left, right = train.halves()
+    left, right = train.sides()
     assert left.shape == (shape.in_features, shape.waist)
     assert right.shape == (shape.waist, shape.out_features)
     torch.testing.assert_close(left @ right, train.matrix())

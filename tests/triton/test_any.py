@@ -12,11 +12,13 @@ import torch
 from loretta_kernels import ACTIVATIONS, TTShape, backend
 from loretta_kernels.selfcheck import check, random_problem
 from tests.kernels.problems import OPERATORS
+from tests.triton.conftest import ARCHITECTURES
 
 pytest.importorskip("triton")
 
 CASES = int(os.environ.get("LORETTA_TEST_CASES", 300))
-ROWS = (1, 4, 11, 67, 131)  # of each train that is drawn: compiling is what takes time
+# Of each train that is drawn: compiling is what takes time.
+ROWS = (1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 17, 31, 32, 33, 63, 64, 67, 100, 131, 140)
 SCHEDULES = 3
 LARGEST = 200  # features: several blocks, and still quick
 
@@ -35,10 +37,12 @@ def train(random: Random, i: list[int], o: list[int]) -> TTShape:
     return TTShape(i, o, [random.randint(1, 6) for _ in range(len(i) + len(o) - 1)], gains)
 
 
-@pytest.mark.parametrize("number", range(CASES // len(ROWS)))
-def test_any_trains(number, executor):
-    if number % 2 == (executor.arch == "sm_90"):
-        pytest.skip("on the other architecture")
+@pytest.mark.parametrize(
+    ("executor", "number"),
+    [(ARCHITECTURES[number % 2], number) for number in range(max(1, CASES // len(ROWS)))],
+    indirect=["executor"],
+)
+def test_any_trains(number):
     random = Random(number)
     operator = random.choice(OPERATORS)
     bottleneck = modes(random, 64)

@@ -120,7 +120,7 @@ def test_dpo_of_an_adapter_that_does_not_start_as_the_base_starts_elsewhere(fold
     config = LorettaRepConfig(task_type="CAUSAL_LM", init_weights="gaussian")
     run = trainer("DPO", folder, config, tmp_path, tokenizer)
     run.train()
-    assert abs(losses(run)[0] - math.log(2)) > 1e-3
+    assert abs(losses(run)[0] - math.log(2)) > 5e-5  # as far off as a start of 5e-6 is near
 
 
 def test_sft_on_a_4_bit_base_trains_bf16_cores(folder, tokenizer, tmp_path) -> None:

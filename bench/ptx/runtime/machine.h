@@ -94,7 +94,7 @@ struct Product {
   const Ins* ins; i32 pc; bool a_in_registers, add; u64 a, b; u32 a_registers[4][32]; std::vector<u32> units; int group;
 };
 struct Accumulator { std::vector<i32> at; std::vector<float> value; int group; i32 pc; };
-struct Branch { i32 pc; u32 mask; };
+struct Side { i32 pc; u32 mask; i32 until; };  // of a branch: lanes that wait, and where they stop again
 
 struct Moment { i64 cycle = 0; i32 trips = 0; };
 INL Moment later(Moment a, Moment b) { return {std::max(a.cycle, b.cycle), std::max(a.trips, b.trips)}; }
@@ -107,7 +107,7 @@ struct Timeline {
 
 enum State { READY, AT_BARRIER, DONE };
 struct Warp {
-  int id; State state = READY; i32 pc = 0; u32 mask = FULL; std::vector<Branch> diverged;
+  int id; State state = READY; i32 pc = 0, until = -1; u32 mask = FULL; std::vector<Side> diverged;
   u8* registers;
   u32 sync = 1, fenced = 0;  // fenced: the sequence number of its last proxy fence
   std::vector<Copy> copies; std::deque<std::vector<Copy>> groups;

@@ -170,6 +170,8 @@ template <class D, class A> void convert(const std::string& to, const std::strin
 template <class D> void convert_to(const std::string& to) {
   convert<D, u16>(to, "u16"); convert<D, i16>(to, "s16"); convert<D, u32>(to, "u32"); convert<D, i32>(to, "s32");
   convert<D, u64>(to, "u64"); convert<D, i64>(to, "s64");
+  op<D(u32)>("cvt." + to + ".u16", [](u32 a) { return (D)(u16)a; });  // of the low half of a wider register
+  op<D(u32)>("cvt." + to + ".s16", [](u32 a) { return (D)(i16)a; });
   op<D(u16)>("cvt." + to + ".u8", [](u16 a) { return (D)(u8)a; });  // of the low byte of either register
   op<D(u32)>("cvt." + to + ".u8", [](u32 a) { return (D)(u8)a; });
   op<D(u16)>("cvt." + to + ".s8", [](u16 a) { return (D)(i8)a; });
@@ -208,6 +210,8 @@ static void define_plain() {
   op<u32(u32)>("brev.b32", [](u32 a) { u32 x = 0; for (int i = 0; i < 32; i++) x |= (a >> i & 1) << (31 - i); return x; });
   op<u32(u32, u32, u32)>("bfe.u32", [](u32 a, u32 b, u32 c) -> u32 {
     b &= 255; c &= 255; u32 x = b > 31 ? 0 : a >> b; return c > 31 ? x : x & ((1u << c) - 1); });
+  op<u64(u64, u32, u32)>("bfe.u64", [](u64 a, u32 b, u32 c) -> u64 {
+    b &= 255; c &= 255; u64 x = b > 63 ? 0 : a >> b; return c > 63 ? x : x & ((1ull << c) - 1); });
   op<u32(u32, u32, u32)>("bfe.s32", [](u32 a, u32 b, u32 c) -> u32 {
     b &= 255; c &= 255; if (!c) return 0;
     u32 sign = a >> std::min(b + c - 1, 31u) & 1, x = b > 31 ? 0 : a >> b, have = b > 31 ? 0 : std::min(c, 32 - b);

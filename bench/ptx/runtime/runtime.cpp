@@ -10,20 +10,17 @@ static void barrier_done(CTA& c) {
   for (int i = 0; i < S->programs; i++) c.clock[i] = std::max(c.clock[i], c.acquired[i]);
   c.acquiring = false;
 }
-// Of the sides of branches that diverged, the one with the smallest pc runs; those that meet are one again.
+// The sides of a branch run one after the other, each until the instruction where all paths from the branch meet (-1: none).
+static void diverge(Warp& w, u32 taken, i32 target, i32 meeting) {
+  if (meeting >= 0) w.diverged.push_back({meeting, w.mask, w.until});
+  w.diverged.push_back({w.pc, w.mask & ~taken, meeting});
+  w.pc = target; w.mask = taken; w.until = meeting;
+}
 static void converge(Warp& w) {
-  for (;;) {
-    size_t least = w.diverged.size();
-    for (size_t i = 0; i < w.diverged.size(); i++) {
-      if (w.mask && w.diverged[i].pc == w.pc) { w.mask |= w.diverged[i].mask; w.diverged.erase(w.diverged.begin() + i); least = -1; break; }
-      if (least == w.diverged.size() || w.diverged[i].pc < w.diverged[least].pc) least = i;
-    }
-    if (least == (size_t)-1) continue;
-    if (least == w.diverged.size()) return;
-    Branch& other = w.diverged[least];
-    if (!w.mask) { w.pc = other.pc; w.mask = other.mask; w.diverged.erase(w.diverged.begin() + least); }
-    else if (other.pc < w.pc) { std::swap(w.pc, other.pc); std::swap(w.mask, other.mask); }
-    else return;
+  while (!w.diverged.empty() && (!w.mask || w.pc == w.until)) {
+    Side& next = w.diverged.back();
+    w.pc = next.pc; w.mask = next.mask; w.until = next.until;
+    w.diverged.pop_back();
   }
 }
 enum Shuffle { IDX, UP, DOWN, BFLY };
@@ -64,7 +61,7 @@ static void run_warp(CTA& c, Warp& w, i64 quantum) {
     if (I.guard >= 0) mask &= *(const u32*)reg(w, I.guard) ^ (I.negated ? FULL : 0);
     Stats& stats = s.stats[pc];
     s.steps++; stats.executed++;
-    bool miss = false, stopped = false, moved = false;
+    bool miss = false, stopped = false;
     if (!mask && I.kind != BRANCH && I.kind != BARRIER) goto next;
     if (!w.accumulators.empty() && (I.kind < WGMMA || I.kind > WGMMA_WAIT)) check_in_flight(c, w, I, o, pc);
     if (I.kind == PLAIN) { s.run[pc](w.registers, s.P.constants, o, mask); goto next; }
@@ -190,23 +187,25 @@ static void run_warp(CTA& c, Warp& w, i64 quantum) {
         break;
       case BRANCH:
         if (mask == w.mask) w.pc = k[0];
-        else if (mask) { w.diverged.push_back({pc + 1, w.mask & ~mask}); w.mask = mask; w.pc = k[0]; }
+        else if (mask) diverge(w, mask, k[0], k[1]);
         break;
-      case RETURN:
-        w.mask &= ~mask; moved = true;
-        if (w.mask || !w.diverged.empty()) break;
+      case RETURN: {
+        w.mask &= ~mask;
+        u32 left = w.mask;
+        for (auto& side : w.diverged) left |= side.mask &= ~mask;
+        if (left) break;
         if (!w.copies.empty()) s.report(COPY_FORGOTTEN, pc, 0, &c, w.id, 0, 0);
         for (auto& group : w.groups) if (!group.empty()) s.report(COPY_FORGOTTEN, pc, 0, &c, w.id, 0, 0);
         w.state = DONE; c.done++; stopped = true;
         if (c.arrived) s.report(DIVERGED, pc, 0, &c, w.id, 0, 0);
-        break;
+        break; }
       default: s.report(TRAPPED, pc, 0, &c, w.id, 0, 0); w.state = DONE; c.done++; stopped = true;
     }
   next:
     if (timing) for (int reordered = 0; reordered < 2; reordered++) advance(c, w, reordered, I, o, mask != 0, miss);
     if (w.state == AT_BARRIER) c.arrived++;
     if (w.state != READY && c.arrived && c.arrived == (int)c.warps.size() - c.done) barrier_done(c);
-    if ((!w.diverged.empty() || moved) && w.state != DONE) converge(w);
+    if (!w.diverged.empty() && w.state != DONE) converge(w);
     if (stopped) return;
   }
 }
