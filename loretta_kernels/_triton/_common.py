@@ -11,10 +11,18 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def to_tf32(x):
+    """x rounded to nearest; the tensor core would drop the low bits, so that long sums would be too small."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b in fp32; the interpreter would multiply the bits of bf16."""
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a, b = to_tf32(a), to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

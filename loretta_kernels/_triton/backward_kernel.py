@@ -165,7 +165,6 @@ def _backward_kernel(
             ds = dz
         else:
             ds = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
-            s_ones = ones_beside(s, RD.K)
             for b0 in tl.range(0, RD.size, BLOCK_B, num_stages=1):  # as in `up_waist`
                 b = b0 + tl.arange(0, BLOCK_B)
                 h, down_tile = hidden(s, tables_ptr, down_ptr, down_bias_ptr, b0, RD, BLOCK_B, PRECISION)
@@ -179,7 +178,12 @@ def _backward_kernel(
                         dtile = dot(tl.trans(a), dz, tl.full([BLOCK_B, LU.KP], 0, tl.float32), PRECISION)
                         add_grad(grads_ptr, b, dtile, LU, ATOMIC)
                     if SUMS_RD:
-                        dtile = dot(tl.trans(dh), s_ones, tl.full([BLOCK_B, RD.KP], 0, tl.float32), PRECISION)
+                        dtile = tl.full([BLOCK_B, RD.KP], 0, tl.float32)
+                        if PRECISION == "tf32":  # that would round before the sum for the bias
+                            is_bias = (tl.arange(0, RD.KP) == RD.K)[None, :]
+                            dtile = tl.where(is_bias, tl.sum(dh, 0)[:, None], dot(tl.trans(dh), s, dtile, PRECISION))
+                        else:
+                            dtile = dot(tl.trans(dh), ones_beside(s, RD.K), dtile, PRECISION)
                         add_grad(grads_ptr, b, dtile, RD, ATOMIC)
 
         ds = cast(ds, DTYPE)
