@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +79,30 @@ def evaluate(
         `loss` (cross-entropy in nats, or the squared error), and `perplexity` = exp(loss), or what `scores` returns.
     """
     model.eval()
-    state = PartialState()
-    starts = range(0, len(items), batch_size)
-    mine = starts[state.process_index :: state.num_processes]
-    rounds = range(math.ceil(len(starts) / state.num_processes))  # a sharded model needs every process in every round
-    losses: list[tuple[float, int]] = []
-    rows: list[tuple[float, float]] = []
-    for number in tqdm(rounds, desc=title, unit="batch", file=sys.stderr, leave=False, disable=not is_main()):
-        start = mine[number] if number < len(mine) else 0
-        batch = {name: value.to(model.device) for name, value in collator(items[start : start + batch_size]).items()}
-        wanted = batch.pop("labels")
-        logits = model(**batch).logits
-        if number >= len(mine):
-            continue
-        if labels is None:
-            counted = wanted[:, 1:] != IGNORED
-            logits, wanted = logits[:, :-1][counted], wanted[:, 1:][counted]
-        is_regression = labels is not None and not labels
-        logits, loss = (logits.squeeze(-1), mse_loss) if is_regression else (logits, cross_entropy)
-        losses.append((loss(logits.float(), wanted, reduction="sum").item(), wanted.numel()))
-        if labels is not None:
-            predictions = logits if is_regression else logits.argmax(-1)
-            rows += zip(predictions.tolist(), wanted.tolist(), strict=True)
-    total, count = map(sum, zip(*gather_object(losses), strict=True))
-    mean = total / count
+    is_regression = labels is not None and not labels
+    done: dict[int, tuple[float, int, list[tuple[float, float]]]] = {}  # by the first item of a batch
+    starts = list(range(0, len(items), batch_size))
+    # Padded: a sharded model needs every process in every round.
+    with PartialState().split_between_processes(starts, apply_padding=True) as share:
+        for start in tqdm(share, desc=title, unit="batch", file=sys.stderr, leave=False, disable=not is_main()):
+            batch = collator(items[start : start + batch_size])
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            wanted = batch.pop("labels")
+            logits = model(**batch).logits
+            if labels is None:
+                counted = wanted[:, 1:] != IGNORED
+                logits, wanted = logits[:, :-1][counted], wanted[:, 1:][counted]
+            logits, loss = (logits.squeeze(-1), mse_loss) if is_regression else (logits, cross_entropy)
+            pairs = []
+            if labels is not None:
+                predictions = logits if is_regression else logits.argmax(-1)
+                pairs = list(zip(predictions.tolist(), wanted.tolist(), strict=True))
+            done[start] = loss(logits.float(), wanted, reduction="sum").item(), wanted.numel(), pairs
+    losses, counts, rows = zip(*dict(gather_object(list(done.items()))).values(), strict=True)
+    mean = sum(losses) / sum(counts)
     if labels is None:
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-    found, wanted = np.array(gather_object(rows)).T
+    found, wanted = np.array(list(chain(*rows))).T
     return {"loss": mean} | scores(found, wanted, labels)
 
 

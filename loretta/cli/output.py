@@ -34,13 +34,13 @@ class OutputFolder:
         self.checkpoints = self.part / "checkpoints"
         self.logs = self.part / "logs"
         self.run_file = self.part / "run.json"
-        self._lock = FileLock(self.part / "lock")
+        self.lock = FileLock(self.part / "lock")
 
     def __enter__(self) -> "OutputFolder":
         _check_replaceable(self.path, RECORD)
         _check_replaceable(self.part, "lock")
         try:
-            self._lock.acquire(blocking=False)
+            self.lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(f"{self.part}: another loretta is writing there; wait for it to end") from error
         except OSError as error:
@@ -54,7 +54,7 @@ class OutputFolder:
         _remove(self.new)
         if not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             _remove(self.part)
-        self._lock.release()
+        self.lock.release()
 
     def publish(self) -> None:
         """Put `new` in the place of the folder, then delete what it replaces and the files of the run."""

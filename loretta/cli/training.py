@@ -76,14 +76,14 @@ def train(
     Returns:
         the Trainer's state, with the losses by step in its `log_history`, and the seconds that the steps took.
     """
-    watch = _Watch(on_start)
+    progress = Progress(on_start)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=items,
         eval_dataset=items,  # required for --eval-steps and not used: `measure` has its own
         data_collator=collator,
-        callbacks=[watch],
+        callbacks=[progress],
     )
     trainer.measure = measure
     with refusing(f"--optim {arguments.optim}", ImportError, ValueError):
@@ -93,7 +93,7 @@ def train(
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(output.logs)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    return trainer.state, watch.seconds
+    return trainer.state, progress.seconds
 
 
 class _Trainer(Trainer):
@@ -111,7 +111,7 @@ class _Trainer(Trainer):
         return logged
 
 
-class _Watch(TrainerCallback):
+class Progress(TrainerCallback):
     """Calls `on_start`, measures the time of the steps, shows their progress, and seals every checkpoint."""
 
     def __init__(self, on_start: Callable[[], None]):

@@ -1,4 +1,4 @@
-"""Counts a training step of a model of any size: on a few of its blocks where all blocks are alike."""
+"""Counts a training step of a model of any size: on some of its blocks where all are alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from loretta.plan.fakes import fake_tensors
 from loretta.plan.step import StepBytes, blocks_of, run_step
 
-FEW = (2, 3, 4)  # blocks: two points and a check; with one block, the first one's backward would be the last one's
+SAMPLED_BLOCKS = (2, 3, 4)  # two points and a check; a single block would be the first and the last one at once
 CHECKPOINTING = ("none", "reentrant", "non-reentrant")
 
 
@@ -55,7 +55,7 @@ class StepCounter:
         self._grad_share, self._as_on_gpu = grad_share, as_on_gpu
         blocks = blocks_of(self.model)
         self._layers, self._checked = len(blocks), False
-        self._alike = self._layers > max(FEW) and len({repr(block) for block in blocks}) == 1
+        self._alike = self._layers > max(SAMPLED_BLOCKS) and len({repr(block) for block in blocks}) == 1
 
     def count(self, batch: Batch) -> StepBytes:
         """The bytes of a step.
@@ -64,12 +64,13 @@ class StepCounter:
             ValueError: the model's forward depends on values, which fake tensors do not have.
         """
         if self._alike:
-            first, second = (self._count(batch, layers) for layers in FEW[:2])
+            few, more, most = SAMPLED_BLOCKS
+            first, second = self._count(batch, few), self._count(batch, more)
             if not self._checked:
-                self._alike = first.at(FEW[0], second, FEW[1], FEW[2]) == self._count(batch, FEW[2])
+                self._alike = first.at(few, second, more, most) == self._count(batch, most)
                 self._checked = True
             if self._alike:
-                return first.at(FEW[0], second, FEW[1], self._layers)
+                return first.at(few, second, more, self._layers)
         return self._count(batch, None)
 
     def _count(self, batch: Batch, layers: int | None) -> StepBytes:

@@ -1,4 +1,4 @@
-"""A base that bitsandbytes quantises: which weights, how many bytes, and what its 8-bit linears keep for backward."""
+"""A base that bitsandbytes quantises: which weights, how many bytes, and what its 8-bit linears save for backward."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _MARK = "_planned_quant"
 def quantise(base: Any, quant: str) -> None:
     """Mark the weights that transformers gives to bitsandbytes: every linear but the head, which stays as it is.
 
-    They keep their shape and dtype, which a step needs; 8-bit linears also keep their input for backward, as they do.
+    Their shape and dtype do not change, which a step needs; 8-bit linears save their input for backward, as
+    bitsandbytes does.
     """
     if quant == "none":
         return
-    kept = get_keys_to_not_convert(base)
+    excluded = get_keys_to_not_convert(base)
     for name, module in base.named_modules():
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded):
             setattr(module.weight, _MARK, quant)
             if quant == "8bit":
-                module.forward = _KeepingInput(module)  # type: ignore[method-assign]
+                module.forward = _SavingInput(module)  # type: ignore[method-assign]
 
 
 def quant_of(parameter: Tensor) -> str | None:
@@ -53,8 +54,8 @@ def quantised_bytes(shape: torch.Size, quant: str) -> int:
     return packed + blocks + 4 * -(-blocks // ABSMAX_BLOCK) + 4 * 256 + 4
 
 
-class _KeepingInput:
-    """The forward of a frozen linear that keeps its input."""
+class _SavingInput:
+    """The forward of a frozen linear that saves its input for backward."""
 
     def __init__(self, linear: nn.Module) -> None:
         self.linear = linear

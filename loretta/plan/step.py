@@ -60,12 +60,12 @@ def run_step(model: nn.Module, inputs: dict[str, Tensor], grad_share: float = 1.
     with _watched(model, live), live:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             loss = model(**inputs).loss
-        kept = saved.total()
+        saved_bytes = saved.total()
         loss.backward()
     peaks = [live.peaks.get(phase, 0.0) for phase in (TOP, MIDDLE, BOTTOM)]
     if BOTTOM not in live.peaks:  # too few blocks to tell the phases apart
         peaks = [max(peaks)] * 3
-    return StepBytes(kept, int(peaks[TOP]), int(peaks[BOTTOM]))
+    return StepBytes(saved_bytes, int(peaks[TOP]), int(peaks[BOTTOM]))
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from loretta.cli.checkpoints import newest_complete
-from loretta.cli.training import _Watch
+from loretta.cli.training import Progress
 
 LM = ["--seq-len", 32, "--batch-size", 4, "--steps", 12, "--threads", 1]
 SMALL = {"adp": ["--bottleneck", 8], "rep": ["--dropout", 0.1, "--alpha", 32]}
@@ -34,7 +34,7 @@ def killed_after(monkeypatch):
             if state.global_step == steps:
                 raise Killed
 
-        monkeypatch.setattr(_Watch, "on_step_end", die)
+        monkeypatch.setattr(Progress, "on_step_end", die)
 
     return arrange
 

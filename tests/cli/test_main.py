@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
-from loretta.cli.parser import METHOD_OPTIONS, make_parser
+from loretta.cli.parser import COMMANDS, METHOD_OPTIONS
 
 GOOD_DATA = '{"text": "some words to learn from, and some more"}\n' * 4
 
@@ -119,9 +119,6 @@ def test_a_missing_optional_package_is_named(loretta, workplace, package, monkey
     change = ["--plot"] if package == "matplotlib" else ["--model", "gguf", "--gguf", "model.gguf"]
     words = [word for pair in FINETUNE.items() for word in pair]
     expect_one_line(loretta("finetune", *words, *change), " finetune", f"needs the package {package}: pip install")
-
-
-COMMANDS = make_parser()._subparsers._group_actions[0].choices
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

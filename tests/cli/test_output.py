@@ -60,7 +60,7 @@ def test_a_process_killed_in_the_swap_loses_nothing(tmp_path, dies_at, monkeypat
         patch.setattr(output_module.os, "replace", dying_replace)
         with pytest.raises(SystemError):
             output.publish()
-    output._lock.release()  # what the system does for a killed process
+    output.lock.release()  # what the system does for a killed process
     with OutputFolder(str(tmp_path / "a")) as output:
         assert weights(output.path) == "old"
     assert os.listdir(tmp_path) == ["a"]

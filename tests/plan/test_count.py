@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loretta.plan import CHECKPOINTING, Batch, Devices, StepCounter, memory
-from loretta.plan.count import FEW, checkpoint
+from loretta.plan.count import SAMPLED_BLOCKS, checkpoint
 from loretta.plan.step import run_step
 from tests.plan.models import METHODS, build
 
@@ -42,7 +42,7 @@ def test_saved_activations_are_those_of_a_real_step(method, attention, checkpoin
 @pytest.mark.parametrize("method", ["adp", "full"])
 def test_a_few_blocks_give_the_bytes_of_all_of_a_real_step(method, checkpointing) -> None:
     """The inside of operators, which fake tensors do not have, is the difference to a process's memory."""
-    layers = FEW[-1] + 2
+    layers = SAMPLED_BLOCKS[-1] + 2
     counter = StepCounter(lambda few: build(method, few or layers), checkpointing, as_on_gpu=False)
     counted = counter.count(BATCH)
     real = build(method, layers, device="cpu")
@@ -96,7 +96,7 @@ def test_blocks_that_differ_are_all_run(monkeypatch) -> None:
         return model
 
     StepCounter(partial(make, odd=False)).count(BATCH)
-    assert ran == [*FEW]
+    assert ran == [*SAMPLED_BLOCKS]
     ran.clear()
     StepCounter(partial(make, odd=True)).count(BATCH)
     assert ran == [None]

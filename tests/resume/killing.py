@@ -70,7 +70,7 @@ def finetune(arguments: list[str], die_at: int | str | None, log: Path) -> None:
     import torch
 
     from loretta.__main__ import main
-    from loretta.cli.training import _Watch
+    from loretta.cli.training import Progress
 
     torch.set_num_threads(1)
     words = log.open("a")
@@ -79,14 +79,14 @@ def finetune(arguments: list[str], die_at: int | str | None, log: Path) -> None:
     moments = Moments(die_at, log.with_suffix(".moments"))
     torch.save = moments.torn(torch.save, 1)
     peft.peft_model.safe_save_file = moments.torn(peft.peft_model.safe_save_file, 1)
-    end_step = _Watch.on_step_end
+    end_step = Progress.on_step_end
 
-    def on_step_end(self: _Watch, args: Any, state: Any, control: Any, **options: Any) -> None:
+    def on_step_end(self: Progress, args: Any, state: Any, control: Any, **options: Any) -> None:
         end_step(self, args, state, control, **options)
         if moments.pass_one(f"step {state.global_step}"):
             die()
 
-    _Watch.on_step_end = on_step_end  # type: ignore[method-assign]
+    Progress.on_step_end = on_step_end  # type: ignore[method-assign]
     sys.addaudithook(moments.audit)
     sys.exit(main(arguments))
 
