@@ -74,6 +74,14 @@ class _LorettaConfig(PeftConfig):
             "random, as in the paper. False: random cores and biases, for tests."
         },
     )
+    core_gain: str | None = field(
+        default=None,
+        metadata={
+            "help": "How far a step of the optimiser moves a train. 'rate': as far as it moves a LoRA, whatever the "
+            "width. 'paper': the cores are held as they are. None: 'rate', or 'paper' in a saved file, which is of a "
+            "time before this field."
+        },
+    )
     train_layernorm: bool = field(
         default=True,
         metadata={"help": "Train the LayerNorms and RMSNorms, as the paper does (through modules_to_save)."},
@@ -107,6 +115,9 @@ class _LorettaConfig(PeftConfig):
             isinstance(self.init_weights, bool)
         ):
             raise ValueError(f"init_weights must be True, False or 'gaussian', got {self.init_weights!r}")
+        if self.core_gain is None:  # what reads a saved file gives its peft_type, which is set later otherwise
+            self.core_gain = "rate" if self.peft_type is None else "paper"
+        require_choice("core_gain", self.core_gain, ("rate", "paper"))
         self.tensor_shape = normalised_modes(self.tensor_shape)
         check_matrix_shapes(self.matrix_shapes)
         self.target_modules = as_set("target_modules", self.target_modules)
@@ -165,6 +176,9 @@ class LorettaAdpConfig(_LorettaConfig):
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        core_gain: "rate" (the default) holds each core divided by a gain, so that a learning rate moves a train as far
+            as it moves a LoRA; "paper" holds the cores as they are, which takes rates of about 1e-2. A saved adapter
+            without this field is "paper".
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
         modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.
@@ -258,6 +272,9 @@ class LorettaRepConfig(_LorettaConfig):
         tensor_shape: explicit modes by size, such as ``{4096: [16, 16, 16]}``.
         matrix_shapes: explicit trains, modes and one rank per bond, by the matrix they stand for.
         init_weights: True starts as the base model, "gaussian" as the paper, False is random (tests).
+        core_gain: "rate" (the default) holds each core divided by a gain, so that a learning rate moves a train as far
+            as it moves a LoRA; "paper" holds the cores as they are, which takes rates of about 1e-2. A saved adapter
+            without this field is "paper".
         train_layernorm: train the norms of the base model too.
         tensorize_head: SEQ_CLS: the dense layer of the head is a tensor train.
         modules_to_save, exclude_modules, layers_to_transform, layers_pattern, inference_mode, task_type: as in PEFT.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta_kernels import TTShape
+from loretta_kernels.start import start_, stored_gains, with_gains
 
 from .config import _LorettaConfig
 from .merging import Merging
+from .tensor_train import TensorTrain
 from .whole import TrainedWhole
 
 Groups = list[tuple[list[str], "torch.Tensor | None"]]  # adapters and the rows [n] they act on; None: on all rows
@@ -169,3 +172,27 @@ def train_shape(config: _LorettaConfig, in_features: int, out_features: int, ran
         config.modes(out_features) or default.out_modes,
         rank,
     )
+
+
+@torch.no_grad()
+def adapter_train(
+    config: _LorettaConfig, in_features: int, out_features: int, rank: int, *, up: bool, bias: bool = False
+) -> TensorTrain:
+    """One of an adapter's two trains as the config wants it: its shape, its gains and its start.
+
+    Args:
+        up: whether it is the second, which leads to the layer's width and makes an adapter start at zero.
+    """
+    shape = train_shape(config, in_features, out_features, rank)
+    if config.core_gain == "rate":
+        shape = with_gains(shape, up)
+    zero = up and config.init_weights is True
+    train = TensorTrain(shape, bias, zero=zero, random_bias=config.init_weights is False)
+    if config.core_gain == "rate" and config.init_weights is True:
+        start_(train.cores, shape, up, zero)
+    elif config.core_gain == "rate":  # W as drawn; only what each core has of it is another
+        gains = stored_gains(shape, up)
+        mean = math.prod(gains) ** (1 / len(gains))
+        for core, gain in zip(train.cores.split(shape.core_sizes), gains, strict=True):
+            core.mul_(mean / gain)
+    return train

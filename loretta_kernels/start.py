@@ -2,15 +2,14 @@
 
 Adam moves every stored number by about the rate. A train has few numbers, and the wider the layer, the less each of
 them moves it; so a core G is stored divided by a gain c that depends on its size, its train's waist and the layer's
-width, and one step moves G by c times the rate. With n numbers in the core, all other cores orthonormal about it, and
-the waist K:
+width, and one step moves G by c times the rate. With n numbers in the core and the waist K:
 
-    a train from the layer's width to the waist     c = DOWN · sqrt(K / n)
-    a train from the waist to the layer's width     c = UP · sqrt(K · width / n)
+    c = sqrt(K · width / n)
 
-which moves the train as far as that rate moves the two factors of a LoRA, at every width (DESIGN.md has the argument
-and the figures). Only the product of a side's gains matters to the function: it is rounded to a power of two, which the
-shape holds (`TTShape.gains`); the rest is in the cores.
+which, all other cores orthonormal about it, moves the train by rate · sqrt(K · width) in the Frobenius norm, at every
+width and rank: that is as far as the rate moves every entry of a LoRA's factor of width x K. Only the product of a
+side's gains matters to the function: it is rounded to a power of two, which the shape holds (`TTShape.gains`); the rest
+is in the cores.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ import torch
 from torch import Tensor
 
 from loretta_kernels.shape import TTShape
-
-DOWN, UP = 16.0, 2.0
-
 
 def with_gains(shape: TTShape, up: bool) -> TTShape:
     """The shape with the gains by which it trains at a LoRA's rates.
@@ -39,8 +35,8 @@ def with_gains(shape: TTShape, up: bool) -> TTShape:
 
 def core_gains(shape: TTShape, up: bool) -> list[float]:
     """The gain of each core."""
-    scale = UP * math.sqrt(shape.waist * shape.out_features) if up else DOWN * math.sqrt(shape.waist)
-    return [scale / math.sqrt(size) for size in shape.core_sizes]
+    width = shape.out_features if up else shape.in_features
+    return [math.sqrt(shape.waist * width / size) for size in shape.core_sizes]
 
 
 @torch.no_grad()
@@ -63,11 +59,11 @@ def start_(cores: Tensor, shape: TTShape, up: bool, zero: bool) -> Tensor:
         parts.append((u @ vh).reshape(-1))
     if zero:
         parts[centre].zero_()
-    stored = [part / gain for part, gain in zip(parts, _stored_gains(shape, up), strict=True)]
+    stored = [part / gain for part, gain in zip(parts, stored_gains(shape, up), strict=True)]
     return cores.copy_(torch.cat(stored))
 
 
-def _stored_gains(shape: TTShape, up: bool) -> list[float]:
+def stored_gains(shape: TTShape, up: bool) -> list[float]:
     """The gains of the cores, each side's multiplied by what makes their product the shape's power of two."""
     gains, exact = core_gains(shape, up), []
     for side, factor in zip((gains[: shape.cut], gains[shape.cut :]), shape.factors, strict=True):

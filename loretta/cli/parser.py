@@ -124,6 +124,7 @@ _SCALING = {"type": _number_or_name, "metavar": "X"}
 _STARTS = {"choices": ("identity", "gaussian")}
 _ACTIVATIONS = "adp: relu, gelu, gelu_tanh, silu, tanh or identity (default relu)"
 _TARGETS = "ends of the names of the modules to adapt, or: all-linear (default: by the model's family)"
+_CORES = "how the trains are held: to be trained at the rates of a LoRA, or as in the paper (default rate)"
 _BIASES = "biases of the base that are trained: none, all, adp: adapter_only, rep: lora_only (default none)"
 METHOD_OPTIONS = tuple(
     MethodOption(*option)
@@ -143,6 +144,7 @@ METHOD_OPTIONS = tuple(
         ("--modules-to-save", "modules_to_save", "modules_to_save", "further modules to train and save whole", _NAMES),
         ("--bias", "bias", "bias", _BIASES, {"metavar": "WHICH"}),
         ("--init", "init_weights", "init_weights", "start as the base, or as in the paper (default identity)", _STARTS),
+        ("--core-gain", "core_gain", "core_gain", _CORES, {"choices": ("rate", "paper")}),
         ("--no-train-layernorm", "train_layernorm", "train_layernorm", "leave the base's norms as they are", _OFF),
         ("--no-tensorize-head", "tensorize_head", "tensorize_head", "seq_cls: keep the head's dense layer dense", _OFF),
     )

@@ -217,7 +217,7 @@ def _config(adapter: UpstreamAdapter, model: nn.Module, shapes: dict[str, TTShap
         is_feature_norm(module) and f"{name}.weight" in adapter.plain for name, module in model.named_modules()
     )
     make: Any = LorettaAdpConfig if adapter.method == "adp" else LorettaRepConfig
-    config: _LorettaConfig = make(**fields)
+    config: _LorettaConfig = make(core_gain="paper", **fields)
 
     explicit: dict[str, TTShape] = {}
     for module, shape in shapes.items():
