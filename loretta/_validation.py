@@ -84,6 +84,8 @@ def check_matrix_shapes(matrix_shapes: Any) -> None:
         raise ValueError(f"matrix_shapes must be a dict from a matrix to its train, got {matrix_shapes!r}")
     for matrix, train in matrix_shapes.items():
         try:
+            if "gains" in train:
+                raise TypeError("gains follow from core_gain")
             shape = TTShape(**train)
         except (TypeError, ValueError) as error:
             raise ValueError(

@@ -13,7 +13,7 @@ from loretta_kernels import tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, tensor_train
+from .layer import Groups, LorettaLayer, adapter_train, bond_rank, dropout_probability
 from .tensor_train import TensorTrain
 
 
@@ -49,8 +49,8 @@ class LorettaAdpLinear(LorettaLayer):
         self.placement[adapter_name] = placement
         self.activation[adapter_name] = config.activation
         self.adapter_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
-        self.loretta_adp_down[adapter_name] = _projection(config, width_in, config.bottleneck_size, rank)
-        self.loretta_adp_up[adapter_name] = _projection(config, config.bottleneck_size, width_out, rank, is_up=True)
+        self.loretta_adp_down[adapter_name] = _projection(config, width_in, config.bottleneck_size, rank, up=False)
+        self.loretta_adp_up[adapter_name] = _projection(config, config.bottleneck_size, width_out, rank, up=True)
         if config.scaling == "learned":
             self.loretta_adp_scaling[adapter_name] = Scale()
         else:
@@ -169,13 +169,11 @@ def _linear(projection: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], to
     return [matrix.to(dtype) for matrix in chain], projection.bias.to(dtype)
 
 
-def _projection(
-    config: LorettaAdpConfig, in_features: int, out_features: int, rank: int, is_up: bool = False
-) -> nn.Module:
+def _projection(config: LorettaAdpConfig, in_features: int, out_features: int, rank: int, up: bool) -> nn.Module:
     if config.tensorized:
-        return tensor_train(config, in_features, out_features, rank, is_up, bias=True)
+        return adapter_train(config, in_features, out_features, rank, up=up, bias=True)
     linear = nn.Linear(in_features, out_features)
-    if is_up and config.init_weights is True:
+    if up and config.init_weights is True:
         nn.init.zeros_(linear.weight)
     else:
         nn.init.normal_(linear.weight, std=in_features**-0.5)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loretta_kernels import TT, TTShape, tt_matrix
+from loretta_kernels.start import stored_gains, with_gains
 from loretta_kernels.svd import flat, tt_svd
 
 from .config import LorettaRepConfig
@@ -116,7 +117,7 @@ def compress_lora(folder: str | os.PathLike[str], tensor_rank: int, out: str | o
         if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
             raise ValueError(f"{folder}: {name} has factors of {tuple(a.shape)} and {tuple(b.shape)}; no linear LoRA")
         left, right = aligned_factors(a.T, b.T)
-        trains = [compressed(factor, tensor_rank) for factor in (left, right)]
+        trains = [compressed(left, tensor_rank, up=False), compressed(right, tensor_rank, up=True)]
         for factor, (cores, shape) in zip("AB", trains, strict=True):
             tensors[f"{PREFIX}{name}.loretta_rep_{factor}.cores"] = cores
             shapes[f"{shape.in_features}x{shape.out_features}"] = shape
@@ -145,11 +146,13 @@ def aligned_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
 
 
-def compressed(matrix: Tensor, tensor_rank: int) -> tuple[Tensor, TTShape]:
-    """The flat cores, in fp32, and the shape of a train near the matrix."""
+def compressed(matrix: Tensor, tensor_rank: int, up: bool) -> tuple[Tensor, TTShape]:
+    """The flat cores, in fp32 and divided by their gains, and the shape of a train near the matrix."""
     modes = TTShape.for_matrix(matrix.shape[0], matrix.shape[1], 1)
     cores = tt_svd(matrix, modes.in_modes, modes.out_modes, tensor_rank)
-    return flat(cores), TTShape(modes.in_modes, modes.out_modes, [core.shape[2] for core in cores[:-1]])
+    shape = TTShape(modes.in_modes, modes.out_modes, [core.shape[2] for core in cores[:-1]])
+    shape = with_gains(shape, up)
+    return flat([core / gain for core, gain in zip(cores, stored_gains(shape, up), strict=True)]), shape
 
 
 def relative_error(exact: Iterable[Tensor], near: Iterable[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta_kernels import TTShape
-from loretta_kernels.start import start_, with_gains
+from loretta_kernels.start import start_, stored_gains, with_gains
 
 from .config import _LorettaConfig
 from .merging import Merging
@@ -161,27 +162,37 @@ def dropout_probability(dropout: nn.Module, training: bool) -> float:
     return dropout.p if training else 0.0
 
 
-def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int, is_up: bool = False) -> TTShape:
-    """The train of a matrix [in_features, out_features]: the config's own where it names that matrix or a size.
+def train_shape(config: _LorettaConfig, in_features: int, out_features: int, rank: int) -> TTShape:
+    """The train of a matrix [in_features, out_features]: the config's own where it names that matrix or a size."""
+    if explicit := config.matrix_shape(in_features, out_features):
+        return explicit
+    default = TTShape.for_matrix(in_features, out_features, rank)
+    return TTShape(
+        config.modes(in_features) or default.in_modes,
+        config.modes(out_features) or default.out_modes,
+        rank,
+    )
+
+
+@torch.no_grad()
+def adapter_train(
+    config: _LorettaConfig, in_features: int, out_features: int, rank: int, *, up: bool, bias: bool = False
+) -> TensorTrain:
+    """One of an adapter's two trains as the config wants it: its shape, its gains and its start.
 
     Args:
-        is_up: whether it is the second train of an adapter, which leads to the layer's width.
+        up: whether it is the second, which leads to the layer's width and makes an adapter start at zero.
     """
-    shape = config.matrix_shape(in_features, out_features)
-    if shape is None:
-        default = TTShape.for_matrix(in_features, out_features, rank)
-        in_modes, out_modes = config.modes(in_features), config.modes(out_features)
-        shape = TTShape(in_modes or default.in_modes, out_modes or default.out_modes, rank)
-    return with_gains(shape, is_up) if config.core_gain == "rate" else shape
-
-
-def tensor_train(
-    config: _LorettaConfig, in_features: int, out_features: int, rank: int, is_up: bool = False, bias: bool = False
-) -> TensorTrain:
-    """The train of a matrix, as `train_shape`, with the start that the config asks for."""
-    shape = train_shape(config, in_features, out_features, rank, is_up)
-    zero = is_up and config.init_weights is True
+    shape = train_shape(config, in_features, out_features, rank)
+    if config.core_gain == "rate":
+        shape = with_gains(shape, up)
+    zero = up and config.init_weights is True
     train = TensorTrain(shape, bias, zero=zero, random_bias=config.init_weights is False)
     if config.core_gain == "rate" and config.init_weights is True:
-        start_(train.cores, shape, is_up, zero)
+        start_(train.cores, shape, up, zero)
+    elif config.core_gain == "rate":  # W as drawn; only what each core has of it is another
+        gains = stored_gains(shape, up)
+        mean = math.prod(gains) ** (1 / len(gains))
+        for core, gain in zip(train.cores.split(shape.core_sizes), gains, strict=True):
+            core.mul_(mean / gain)
     return train

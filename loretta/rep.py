@@ -13,7 +13,7 @@ from torch import nn
 from loretta_kernels import tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import Groups, LorettaLayer, bond_rank, dropout_probability, tensor_train
+from .layer import Groups, LorettaLayer, adapter_train, bond_rank, dropout_probability
 from .tensor_train import TensorTrain
 
 
@@ -64,8 +64,8 @@ class LorettaRepLinear(LorettaLayer):
         self.enable_lora[adapter_name] = config.enable_lora
         self.merge_weights[adapter_name] = config.merge_weights
         rank = bond_rank(config, key)
-        self.loretta_rep_A[adapter_name] = tensor_train(config, self.in_features, r, rank)
-        self.loretta_rep_B[adapter_name] = tensor_train(config, r, out_features, rank, is_up=True)
+        self.loretta_rep_A[adapter_name] = adapter_train(config, self.in_features, r, rank, up=False)
+        self.loretta_rep_B[adapter_name] = adapter_train(config, r, out_features, rank, up=True)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

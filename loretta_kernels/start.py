@@ -60,11 +60,11 @@ def start_(cores: Tensor, shape: TTShape, up: bool, zero: bool) -> Tensor:
         cores_list.append((u @ vh).reshape(-1))
     if zero:
         cores_list[centre].zero_()
-    stored = [core / gain for core, gain in zip(cores_list, _stored_gains(shape, up), strict=True)]
+    stored = [core / gain for core, gain in zip(cores_list, stored_gains(shape, up), strict=True)]
     return cores.copy_(torch.cat(stored))
 
 
-def _stored_gains(shape: TTShape, up: bool) -> list[float]:
+def stored_gains(shape: TTShape, up: bool) -> list[float]:
     """The gains of the cores, each side's multiplied by what makes their product the shape's power of two."""
     gains, exact = core_gains(shape, up), []
     for side, factor in zip((gains[: shape.cut], gains[shape.cut :]), shape.factors, strict=True):

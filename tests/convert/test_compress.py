@@ -87,7 +87,7 @@ def test_a_larger_rank_is_nearer_and_alignment_helps() -> None:
     a, b = a @ rotation, rotation.T @ b  # the product decays fast, neither factor does
 
     def error(factors, rank: int) -> float:
-        trains = [compressed(factor, rank) for factor in factors]
+        trains = [compressed(factor, rank, up) for factor, up in zip(factors, (False, True), strict=True)]
         return relative_error((a, b), [tt_matrix(TT(cores.double(), shape)) for cores, shape in trains])
 
     errors = [error(aligned_factors(a, b), rank) for rank in (2, 4, 8, 64)]

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, export_lora, get_peft_model
-from loretta.layer import tensor_train
+from loretta.layer import adapter_train
 from tests.tiny_models import tiny_logits, tiny_model
 
 CONFIGS: dict[str, Any] = {"adp": LorettaAdpConfig, "rep": LorettaRepConfig}
@@ -22,7 +22,7 @@ def moved(width: int, core_gain: str, is_up: bool, rate: float = 1e-3) -> float:
     """How far one step of Adam moves the train's matrix, over sqrt(waist · width) times the rate."""
     torch.manual_seed(0)
     config = LorettaRepConfig(core_gain=core_gain, init_weights="gaussian" if core_gain == "paper" else True)
-    train = tensor_train(config, 8 if is_up else width, width if is_up else 8, 5, is_up)
+    train = adapter_train(config, 8 if is_up else width, width if is_up else 8, 5, up=is_up)
     before = train.matrix().detach()
     optimizer = torch.optim.Adam(train.parameters(), lr=rate)
     (train.matrix() * torch.randn(train.shape.in_features, train.shape.out_features)).sum().backward()
