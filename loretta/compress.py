@@ -179,7 +179,6 @@ def rep_config(lora: LoraConfig, names: list[str], tensor_rank: int, shapes: dic
             alpha = given.get(get_pattern_key(list(given), name), lora.lora_alpha)
             alphas["alpha_pattern"][re.escape(name)] = alpha * math.sqrt(r)
     return LorettaRepConfig(
-        core_gain="paper",
         tensor_rank=tensor_rank,
         matrix_shapes={
             matrix: {"in_modes": [*shape.in_modes], "out_modes": [*shape.out_modes], "ranks": [*shape.ranks]}

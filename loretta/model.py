@@ -27,6 +27,7 @@ from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
 from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
+from .tensor_train import TensorTrain
 from .uncalled import FirstStep, forget_first_step, leave_fast_paths, return_to_fast_paths
 from .whole import TrainedWhole
 
