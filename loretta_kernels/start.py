@@ -4,12 +4,14 @@ Adam moves every stored number by about the rate. A train has few numbers, and t
 them moves it; so a core G is stored divided by a gain c that depends on its size, its train's waist and the layer's
 width, and one step moves G by c times the rate. With n numbers in the core and the waist K:
 
-    c = sqrt(K · width / n)
+    a train from the waist to the layer's width     c = sqrt(K · width / n)
+    a train from the layer's width to the waist     c = sqrt(K · sqrt(1024 · width) / n)
 
-which, all other cores orthonormal about it, moves the train by rate · sqrt(K · width) in the Frobenius norm, at every
-width and rank: that is as far as the rate moves every entry of a LoRA's factor of width x K. Only the product of a
-side's gains matters to the function: it is rounded to a power of two, which the shape holds (`TTShape.gains`); the rest
-is in the cores.
+All other cores orthonormal about it, the first moves by rate · sqrt(K · width) in the Frobenius norm, as far as the
+rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in the
+place of the width too slowly: it has their mean, at which one rate is best from 256 to 4096 (docs/learning.md).
+Only the product of a side's gains matters to the function: it is rounded to a power of two, which the shape holds
+(`TTShape.gains`); the rest is in the cores.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from loretta_kernels.shape import TTShape
+
 
 def with_gains(shape: TTShape, up: bool) -> TTShape:
     """The shape with the gains by which it trains at a LoRA's rates.
@@ -35,8 +38,8 @@ def with_gains(shape: TTShape, up: bool) -> TTShape:
 
 def core_gains(shape: TTShape, up: bool) -> list[float]:
     """The gain of each core."""
-    width = shape.out_features if up else shape.in_features
-    return [math.sqrt(shape.waist * width / size) for size in shape.core_sizes]
+    reach = shape.out_features if up else math.sqrt(1024 * shape.in_features)
+    return [math.sqrt(shape.waist * reach / size) for size in shape.core_sizes]
 
 
 @torch.no_grad()

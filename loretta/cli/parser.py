@@ -175,7 +175,7 @@ def _finetune(parser: Parser) -> None:
     length = training.add_mutually_exclusive_group()
     _number(length, "--steps", POSITIVE_INT, "optimiser steps (default: by --epochs)")
     _number(length, "--epochs", POSITIVE, "passes over the data", 1.0)
-    _number(training, "--lr", POSITIVE, "learning rate: tensor-train products need far more than LoRA", 1e-2)
+    _number(training, "--lr", POSITIVE, "learning rate, as for a LoRA (with --core-gain paper: about 1e-2)", 3e-3)
     _number(training, "--batch-size", POSITIVE_INT, "rows a batch, in each process", 8)
     _number(training, "--grad-accum", POSITIVE_INT, "batches a step", 1)
     _number(training, "--weight-decay", NOT_NEGATIVE, "of the optimiser", 0.0)
