@@ -1,18 +1,26 @@
-"""Fine-tune SmolLM2-135M-Instruct on the Psalms with both methods, and check what is saved by reading it again.
+"""Fine-tune SmolLM2-135M-Instruct on the Psalms with both methods and PEFT's LoRA, and read what is saved again.
 
 Every step is a command of its own process, as a user would type it; the last thing printed is one table.
 Exit code 1, with the reason, where a promise does not hold.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from loretta.__main__ import main as command
+from loretta.cli.models import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT, HELD_OUT = ROOT / ".cache" / "psalms.txt", ROOT / ".cache" / "psalms-held-out.txt"
@@ -70,11 +78,21 @@ def loretta(*arguments: object) -> dict[str, Any]:
     return result
 
 
-def finetune(method: str) -> dict[str, Any]:
-    return loretta(
+def finetune(method: str, output: Path) -> list[object]:
+    return [
         "finetune", "--model", MODEL, "--data", TEXT, "--eval-data", HELD_OUT, *EVAL_LIMIT,
-        "--method", method, "--output", RUNS / method, *TRAINING,
-    )  # fmt: skip
+        "--method", method, "--output", output, *TRAINING,
+    ]  # fmt: skip
+
+
+def finetune_lora(output: Path) -> dict[str, Any]:
+    """PEFT's LoRA by the same command, with its configuration in the place of rep's."""
+    words, printed = map(str, [*finetune("rep", output), "--json"]), io.StringIO()
+    with patch.dict(CONFIGS, rep=partial(LoraConfig, r=8, lora_alpha=16)), contextlib.redirect_stdout(printed):
+        if code := command([*words]):
+            sys.exit(f"demo: LoRA ended with exit code {code}")
+    result: dict[str, Any] = json.loads(printed.getvalue())
+    return result
 
 
 def perplexity(*what: object) -> float:
@@ -100,8 +118,8 @@ def main() -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
     rows = [("method", "trainable parameters", "on disk", "perplexity before", "after", "after reload")]
     failures = []
-    for method in ("adp", "rep"):
-        result = finetune(method)
+    for method in ("LoRA", "adp", "rep"):
+        result = finetune_lora(RUNS / method) if method == "LoRA" else loretta(*finetune(method, RUNS / method))
         before, after = result["before"]["perplexity"], result["after"]["perplexity"]
         reloaded = perplexity("--adapter", RUNS / method)
         size = megabytes(result["adapter_bytes"])

@@ -1,15 +1,17 @@
 """Where training starts, and how far one step goes: the gains of a train and its first cores.
 
 Adam moves every stored number by about the rate. A train has few numbers, and the wider the layer, the less each of
-them moves it; so a core G is stored divided by a gain c, and one step moves G by c times the rate. With n numbers in
-the core, all other cores orthonormal about it, the waist K and the layer's width,
+them moves it; so a core G is stored divided by a gain c that depends on its size, its train's waist and the layer's
+width, and one step moves G by c times the rate. With n numbers in the core and the waist K:
 
-    c = sqrt(K · width / n)
+    a train from the waist to the layer's width     c = sqrt(K · width / n)
+    a train from the layer's width to the waist     c = sqrt(K · sqrt(1024 · width) / n)
 
-a step at the rate e moves the matrix W of the train, in the Frobenius norm, by e · sqrt(K · width): every entry of its
-factor of K columns beside the layer by about e, which is what Adam does to a factor of a LoRA (DESIGN.md has the
-argument and the figures). Only the product of a side's gains matters to the function: it is rounded to a power of two,
-which the shape holds (`TTShape.gains`); the rest is in the cores.
+All other cores orthonormal about it, the first moves by rate · sqrt(K · width) in the Frobenius norm, as far as the
+rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in
+the place of the width too slowly: it has their mean, with which a rep adapter has one best rate from 256 to 4096
+(docs/learning.md). Only the product of a side's gains matters to the function: it is rounded to a power of two, which
+the shape holds (`TTShape.gains`); the rest is in the cores.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def with_gains(shape: TTShape, up: bool) -> TTShape:
 
 def core_gains(shape: TTShape, up: bool) -> list[float]:
     """The gain of each core."""
-    width = shape.out_features if up else shape.in_features
-    return [math.sqrt(shape.waist * width / size) for size in shape.core_sizes]
+    reach = shape.out_features if up else math.sqrt(1024 * shape.in_features)
+    return [math.sqrt(shape.waist * reach / size) for size in shape.core_sizes]
 
 
 @torch.no_grad()
