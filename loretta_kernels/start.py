@@ -8,8 +8,9 @@ width, and one step moves G by c times the rate. With n numbers in the core and 
     a train from the layer's width to the waist     c = sqrt(K · sqrt(1024 · width) / n)
 
 All other cores orthonormal about it, the first moves by rate · sqrt(K · width) in the Frobenius norm, as far as the
-rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in the
-place of the width too slowly: it has their mean, at which one rate is best from 256 to 4096 (docs/learning.md).
+rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in
+the place of the width too slowly: it has their mean, with which a rep adapter has one best rate from 256 to 4096
+(docs/learning.md).
 Only the product of a side's gains matters to the function: it is rounded to a power of two, which the shape holds
 (`TTShape.gains`); the rest is in the cores.
 """
