@@ -271,7 +271,7 @@ def best_rate(task: str, method: str, norms: str) -> float | None:
 
 
 def experiment(args: argparse.Namespace, task: str, work: Callable[[Row], Row], **given: Any) -> None:
-    """The runs of a task: by --tune at all rates of the grid, otherwise every seed at the best and the common rate."""
+    """The runs of a task: by --tune at all rates of the grid, otherwise with all seeds at the best and common rate."""
     for norms in args.norms:
         for method in args.methods:
             best = best_rate(task, method, norms)
@@ -299,6 +299,8 @@ def report() -> None:
         axis.set(title=f"width {size}", xscale="log", yscale="log", xlabel="learning rate", ylabel="final loss")
         for method in dict.fromkeys(row["method"] for row in synthetic):
             points = _means(row for row in synthetic if (row["method"], row["width"]) == (method, size))
+            if not points:
+                continue
             axis.plot(*zip(*((rate, mean) for rate, (mean, *_) in points.items()), strict=True), "o-", label=method)
             shown = [f"{points[rate][0]:.3f}" if rate in points else "" for rate in GRID]
             lines.append((method, str(size), f"{next(iter(points.values()))[2]:,}", *shown))
@@ -309,7 +311,9 @@ def report() -> None:
 
     real = [row for row in rows if row["task"] != "width" and row["part"] == "test"]
     tasks = list(dict.fromkeys(row["task"] for row in real))
-    figure, axes = plt.subplots(1, max(1, len(tasks)), figsize=(5 * max(1, len(tasks)), 4.5), squeeze=False)
+    if not tasks:
+        return
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         mine, lines = [row for row in real if row["task"] == task], []
         axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel=mine[0]["metric"])

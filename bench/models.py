@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,11 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 def our_config(kind: str) -> LorettaAdpConfig | LorettaRepConfig:
-    """Ours of upstream's kind: the same adapters at the same places; the norms stay frozen, as they do there."""
+    """Ours of upstream's kind: the same adapters at the same places; no gains, and norms that are frozen, as there."""
+    same: dict[str, Any] = {"core_gain": "paper", "train_layernorm": False, "task_type": "CAUSAL_LM"}
     if kind == "adp":
-        return LorettaAdpConfig(tensor_rank=RANK, train_layernorm=False, task_type="CAUSAL_LM")
-    return LorettaRepConfig(r=R, tensor_rank=RANK, lora_dropout=0.0, train_layernorm=False, task_type="CAUSAL_LM")
+        return LorettaAdpConfig(tensor_rank=RANK, **same)
+    return LorettaRepConfig(r=R, tensor_rank=RANK, lora_dropout=0.0, **same)
 
 
 def methods() -> dict[str, Callable[[nn.Module], nn.Module]]:

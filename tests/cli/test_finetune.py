@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from loretta.cli.checkpoints import newest_complete
 from loretta.cli.training import Progress
 
-LM = ["--seq-len", 32, "--batch-size", 4, "--steps", 12, "--threads", 1]
+LM = ["--seq-len", 32, "--batch-size", 4, "--steps", 12, "--lr", 0.01, "--threads", 1]
 SMALL = {"adp": ["--bottleneck", 8], "rep": ["--dropout", 0.1, "--alpha", 32]}
 
 
