@@ -21,13 +21,12 @@ from .adp import MERGE_ERROR, LorettaAdpLinear
 from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
 from .coverage import also_excluding, check_targets, warn_of_unused_ranks, warn_of_what_is_left_out
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, adapter_train
 from .merging import declare_biases
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
 from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
-from .tensor_train import TensorTrain
 from .uncalled import FirstStep, forget_first_step, leave_fast_paths, return_to_fast_paths
 from .whole import TrainedWhole
 
@@ -111,8 +110,8 @@ class _LorettaModel(BaseTuner):
             dense = getattr(own, dense_name, None)
             if not isinstance(dense, nn.Linear):
                 continue
-            shape = train_shape(config, dense.in_features, dense.out_features, config.tensor_rank)
-            train = TensorTrain(shape, bias=dense.bias is not None)
+            sizes, has_bias = (dense.in_features, dense.out_features), dense.bias is not None
+            train = adapter_train(config, *sizes, config.tensor_rank, bias=has_bias, head=True)
             if not train.cores.is_meta:  # as PEFT's low_cpu_mem_usage has it, until weights are loaded
                 train.to(dense.weight.device)
             setattr(own, dense_name, train.requires_grad_(dense.weight.requires_grad))
