@@ -176,20 +176,28 @@ def train_shape(config: _LorettaConfig, in_features: int, out_features: int, ran
 
 @torch.no_grad()
 def adapter_train(
-    config: _LorettaConfig, in_features: int, out_features: int, rank: int, *, up: bool, bias: bool = False
+    config: _LorettaConfig,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    up: bool = False,
+    bias: bool = False,
+    head: bool = False,
 ) -> TensorTrain:
-    """One of an adapter's two trains as the config wants it: its shape, its gains and its start.
+    """A train as the config wants it: its shape, its gains and its start.
 
     Args:
-        up: whether it is the second, which leads to the layer's width and makes an adapter start at zero.
+        up: whether it is the second of an adapter, which leads to the layer's width and makes it start at zero.
+        head: whether it is no adapter's, but a layer of a new head, which starts at random as in the paper.
     """
     shape = train_shape(config, in_features, out_features, rank)
     if config.core_gain == "rate":
         shape = with_gains(shape, up)
-    zero = up and config.init_weights is True
-    train = TensorTrain(shape, bias, zero=zero, random_bias=config.init_weights is False)
-    if config.core_gain == "rate" and config.init_weights is True:
-        start_(train.cores, shape, up, zero)
+    as_base = config.init_weights is True and not head
+    train = TensorTrain(shape, bias, zero=up and as_base, random_bias=config.init_weights is False and not head)
+    if config.core_gain == "rate" and as_base:
+        start_(train.cores, shape, up, zero=up)
     elif config.core_gain == "rate":  # W as drawn; only what each core has of it is another
         gains = stored_gains(shape, up)
         mean = math.prod(gains) ** (1 / len(gains))

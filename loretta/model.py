@@ -21,13 +21,12 @@ from .adp import MERGE_ERROR, LorettaAdpLinear
 from .block import NAME, LorettaAdpBlock, block_width
 from .config import LorettaAdpConfig, _LorettaConfig
 from .coverage import also_excluding, check_targets, warn_of_unused_ranks, warn_of_what_is_left_out
-from .layer import LorettaLayer, train_shape
+from .layer import LorettaLayer, adapter_train
 from .merging import declare_biases
 from .norms import norm_names
 from .quantised import check_can_be_trained_whole, check_gradients_pass, keep_unpacked
 from .rep import LorettaRepLinear
 from .targets import ADP_TARGETS, FAMILIES, REP_TARGETS
-from .tensor_train import TensorTrain
 from .uncalled import FirstStep, forget_first_step, leave_fast_paths, return_to_fast_paths
 from .whole import TrainedWhole
 
@@ -40,7 +39,7 @@ class _LorettaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, from a copy of the config: resolving it must not change the caller's.
 
-        In inference mode, as when an adapter is loaded, it is kept: PEFT promises that the model holds that object.
+        A config given to load by is kept: PEFT promises that the model holds that very object.
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, _LorettaConfig)
@@ -111,8 +110,8 @@ class _LorettaModel(BaseTuner):
             dense = getattr(own, dense_name, None)
             if not isinstance(dense, nn.Linear):
                 continue
-            shape = train_shape(config, dense.in_features, dense.out_features, config.tensor_rank)
-            train = TensorTrain(shape, bias=dense.bias is not None)  # without gains: every core of it is large
+            sizes, has_bias = (dense.in_features, dense.out_features), dense.bias is not None
+            train = adapter_train(config, *sizes, config.tensor_rank, bias=has_bias, head=True)
             if not train.cores.is_meta:  # as PEFT's low_cpu_mem_usage has it, until weights are loaded
                 train.to(dense.weight.device)
             setattr(own, dense_name, train.requires_grad_(dense.weight.requires_grad))
@@ -145,7 +144,7 @@ class _LorettaModel(BaseTuner):
         return None
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
-        """Arguments of ``add_adapter`` beyond the config, for the layer called ``key``."""
+        """What a method tells its layer called ``key`` beyond the config."""
         return {}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
@@ -174,7 +173,7 @@ class _LorettaModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version assigns child.weight, which not all wrapped heads and norms have.
+        # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
         if isinstance(child, LorettaAdpBlock):
             child.detach_from_block()
         else:
@@ -230,14 +229,7 @@ def _tensorised_head(config: PeftConfig, model: nn.Module) -> str | None:
 
 
 class LorettaRepModel(_LorettaModel):
-    """LoRETTA_rep on a model; made by ``get_peft_model(model, LorettaRepConfig(...))``.
-
-    Example:
-        >>> tuned = get_peft_model(model, LorettaRepConfig(task_type="CAUSAL_LM"))
-        >>> type(tuned.base_model).__name__
-        'LorettaRepModel'
-        >>> plain = tuned.merge_and_unload()
-    """
+    """LoRETTA_rep on a model; made by ``get_peft_model(model, LorettaRepConfig(...))``."""
 
     prefix = "loretta_rep_"
     tuner_layer_cls = LorettaRepLinear
@@ -245,13 +237,7 @@ class LorettaRepModel(_LorettaModel):
 
 
 class LorettaAdpModel(_LorettaModel):
-    """LoRETTA_adp on a model; made by ``get_peft_model(model, LorettaAdpConfig(...))``.
-
-    Example:
-        >>> tuned = get_peft_model(model, LorettaAdpConfig(task_type="CAUSAL_LM"))
-        >>> type(tuned.base_model).__name__
-        'LorettaAdpModel'
-    """
+    """LoRETTA_adp on a model; made by ``get_peft_model(model, LorettaAdpConfig(...))``."""
 
     prefix = "loretta_adp_"
     tuner_layer_cls = LorettaAdpLinear
