@@ -18,7 +18,7 @@ SHORT = ["--seq-len", 32, "--batch-size", 4, "--steps", 8, "--threads", 1, "--ev
 @pytest.mark.parametrize(("method", "quant"), [("adp", "4bit"), ("rep", "4bit"), ("rep", "8bit")])
 def test_learns_and_an_evaluation_finds_the_same(loretta, llama, book, tmp_path, method, quant) -> None:
     out = tmp_path / "out"
-    command = ["--model", llama, "--data", book, "--method", method, *SHORT]
+    command = ["--model", llama, "--data", book, "--method", method, "--lr", 0.01, *SHORT]
     ran = loretta("finetune", *command, f"--load-in-{quant}", "--output", out)
     assert ran.code == 0, ran.err
     result = ran.result()
