@@ -180,7 +180,8 @@ def test_pairs_are_compared_and_a_number_is_regressed(loretta, roberta, tmp_path
     data.write_text("sentence1,sentence2,score\n" + "\n".join(rows) + "\n")
     columns = ["--columns", "text=sentence1", "text_pair=sentence2", "label=score"]
     command = ["--model", roberta, "--task", "seq_cls", "--data", data, *columns, "--method", "rep"]
-    ran = loretta("finetune", *command, "--epochs", 10, "--eval-fraction", 0.2, "--output", out, "--plot", "--json")
+    held_out = ["--eval-fraction", 0.2, "--plot"]
+    ran = loretta("finetune", *command, "--epochs", 20, "--lr", 0.01, *held_out, "--output", out, "--json")
     assert ran.code == 0, ran.err
     result = ran.result()
     assert (result["labels"], result["metric"]) == ([], "pearson")
