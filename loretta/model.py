@@ -39,7 +39,7 @@ class _LorettaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, from a copy of the config: resolving it must not change the caller's.
 
-        A config given to load by is kept: PEFT promises that the model holds that very object.
+        In inference mode, as when an adapter is loaded, it is kept: PEFT promises that the model holds that object.
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, _LorettaConfig)
@@ -144,7 +144,7 @@ class _LorettaModel(BaseTuner):
         return None
 
     def _adapter_options(self, config: _LorettaConfig, key: str) -> dict[str, Any]:
-        """What a method tells its layer called ``key`` beyond the config."""
+        """Arguments of ``add_adapter`` beyond the config, for the layer called ``key``."""
         return {}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
@@ -173,7 +173,7 @@ class _LorettaModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version assigns child.weight, which heads and norms wrapped whole do not all have.
+        # PEFT's version assigns child.weight, which not all wrapped heads and norms have.
         if isinstance(child, LorettaAdpBlock):
             child.detach_from_block()
         else:
@@ -229,7 +229,14 @@ def _tensorised_head(config: PeftConfig, model: nn.Module) -> str | None:
 
 
 class LorettaRepModel(_LorettaModel):
-    """LoRETTA_rep on a model; made by ``get_peft_model(model, LorettaRepConfig(...))``."""
+    """LoRETTA_rep on a model; made by ``get_peft_model(model, LorettaRepConfig(...))``.
+
+    Example:
+        >>> tuned = get_peft_model(model, LorettaRepConfig(task_type="CAUSAL_LM"))
+        >>> type(tuned.base_model).__name__
+        'LorettaRepModel'
+        >>> plain = tuned.merge_and_unload()
+    """
 
     prefix = "loretta_rep_"
     tuner_layer_cls = LorettaRepLinear
@@ -237,7 +244,13 @@ class LorettaRepModel(_LorettaModel):
 
 
 class LorettaAdpModel(_LorettaModel):
-    """LoRETTA_adp on a model; made by ``get_peft_model(model, LorettaAdpConfig(...))``."""
+    """LoRETTA_adp on a model; made by ``get_peft_model(model, LorettaAdpConfig(...))``.
+
+    Example:
+        >>> tuned = get_peft_model(model, LorettaAdpConfig(task_type="CAUSAL_LM"))
+        >>> type(tuned.base_model).__name__
+        'LorettaAdpModel'
+    """
 
     prefix = "loretta_adp_"
     tuner_layer_cls = LorettaAdpLinear
