@@ -58,6 +58,7 @@ PEFT: dict[str, Callable[..., Any]] = {
     "IA3": lambda **given: IA3Config(**given),
 }
 METHODS = ("head only", "full", *PEFT)
+SYNTHETIC = ("LoRA r=8", "rep", "rep, paper", "bottleneck", "adp", "adp, paper")  # the methods of `width`
 LORETTA = (LorettaRepConfig, LorettaAdpConfig)
 GLUE = {  # task -> the columns of its texts, and the score it is compared by
     "sst2": (("sentence",), "accuracy"),
@@ -188,7 +189,7 @@ def classify(args: argparse.Namespace, rows: tuple[Items, Items, list[str], str]
     return {"score": score, "metric": metric, "numbers": _numbers(model), "seconds": seconds}
 
 
-def bbc_rows(args: argparse.Namespace) -> tuple[Items, Items, list[str], str]:
+def bbc_rows() -> tuple[Items, Items, list[str], str]:
     rows: Items = [((text,), label) for text, label in demo_cls.news()]
     return rows[: demo_cls.TRAINING_ROWS], rows[-demo_cls.HELD_OUT_ROWS :], demo_cls.TOPICS, "accuracy"
 
@@ -263,24 +264,24 @@ def perform(run: Row, work: Callable[[], Row]) -> None:
     print(row, flush=True)
 
 
-def best_rate(task: str, method: str, norms: str) -> float | None:
-    """The rate that was best on a part of the training rows."""
-    tuned = [r for r in read() if (r["task"], r["part"], r["method"], r.get("norms")) == (task, "tune", method, norms)]
+def best_rate(run: Row) -> float | None:
+    """The rate that was best on a part of the training rows, of the runs with these settings."""
+    tuned = [row for row in read() if (run | {"part": "tune"}).items() <= row.items()]
     worst_first = sorted(tuned, key=lambda row: row["score"] * (-1 if row["metric"] == "loss" else 1))
     return worst_first[-1]["rate"] if worst_first else None
 
 
-def experiment(args: argparse.Namespace, task: str, work: Callable[[Row], Row], **given: Any) -> None:
+def experiment(args: argparse.Namespace, task: str, work: Callable[[Row], Row], **settings: Any) -> None:
     """The runs of a task: by --tune at all rates of the grid, otherwise with all seeds at the best and common rate."""
+    settings |= {name: getattr(args, name) for name in ("steps", "batch", "tokens", "layers")}
     for norms in args.norms:
         for method in args.methods:
-            best = best_rate(task, method, norms)
-            rates = args.rates or (GRID if args.tune else dict.fromkeys([best or COMMON, COMMON]))
+            run = {"task": task, "part": "tune" if args.tune else "test", "method": method, "norms": norms, **settings}
+            rates = args.rates or (GRID if args.tune else dict.fromkeys([best_rate(run) or COMMON, COMMON]))
             for rate in rates:
                 for seed in [TUNING_SEED] if args.tune else range(args.seeds):
-                    run = {"task": task, "part": "tune" if args.tune else "test", "method": method, "norms": norms}
-                    run |= {"rate": rate, "seed": seed, "steps": args.steps, "batch": args.batch, **given}
-                    perform(run, lambda run=run: work(run))
+                    one = run | {"rate": rate, "seed": seed}
+                    perform(one, lambda one=one: work(one))
 
 
 def report() -> None:
@@ -310,12 +311,12 @@ def report() -> None:
     print(table(("method", "width", "numbers", *(f"{rate:.0e}" for rate in GRID)), lines), "\n")
 
     real = [row for row in rows if row["task"] != "width" and row["part"] == "test"]
-    tasks = list(dict.fromkeys(row["task"] for row in real))
+    tasks = list(dict.fromkeys(map(_title, real)))
     if not tasks:
         return
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        mine, lines = [row for row in real if row["task"] == task], []
+        mine, lines = [row for row in real if _title(row) == task], []
         axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel=mine[0]["metric"])
         for method, norms in dict.fromkeys((row["method"], row["norms"]) for row in mine):
             points = _means(row for row in mine if (row["method"], row["norms"]) == (method, norms))
@@ -326,9 +327,16 @@ def report() -> None:
             axis.errorbar(best[2], best[0], best[1], fmt="o" if norms == "all" else "s")
             axis.annotate(f"{method}{', norms' if norms == 'all' else ''}", best[2::-2], fontsize="x-small")
         names = ("method", "norms", "parameters", "rate", mine[0]["metric"], "seeds", "seconds")
-        print(f"{task}, {mine[0]['steps']} steps of {mine[0]['batch']}\n\n{table(names, lines)}\n")
+        print(f"{task}\n\n{table(names, lines)}\n")
     figure.tight_layout()
     figure.savefig(RESULTS / "parameters.png", dpi=100)
+
+
+def _title(row: Row) -> str:
+    """A task with its settings: only runs with the same ones are compared."""
+    layers = f", last {row['layers']} layers" if row["layers"] else ""
+    rows = f", at most {row['rows']} rows" if "rows" in row else ""
+    return f"{row['task']}, {row['steps']} steps of {row['batch']} x {row['tokens']} tokens{layers}{rows}"
 
 
 def _means(rows: Iterable[Row]) -> dict[float, tuple[float, float, int, float, int]]:
@@ -348,7 +356,7 @@ def _means(rows: Iterable[Row]) -> dict[float, tuple[float, float, int, float, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("width", "bbc", "glue", "lm", "report"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, "bottleneck"), metavar="NAME")
     parser.add_argument("--tasks", nargs="+", choices=GLUE, default=list(GLUE), metavar="NAME", help="of GLUE")
     parser.add_argument("--norms", nargs="+", choices=("all", "none"), default=("all", "none"))
     parser.add_argument("--rates", nargs="+", type=float, help="in the place of the grid, or of the chosen rates")
@@ -362,22 +370,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--layers", type=int, default=0, help="adapt the last so many layers only")
     args = parser.parse_args()
+    args.methods = args.methods or (SYNTHETIC if args.what == "width" else METHODS)
     if args.what == "report":
         report()
     elif args.what == "width":
-        methods = ("LoRA r=8", "rep", "rep, paper", "bottleneck", "adp", "adp, paper")
         for size in args.widths:
-            for method in methods:
+            for method in (method for method in SYNTHETIC if method in args.methods):
                 for rate in args.rates or GRID:
                     run = {"task": "width", "width": size, "method": method, "rate": rate, "seed": 0, "part": "test"}
                     perform(run, lambda run=run: width(args, run["width"], run["method"], run["rate"], run["seed"]))
     elif args.what == "lm":
-        task = f"lm, last {args.layers} layers" if args.layers else "lm"
-        experiment(args, task, lambda run: language(args, run), tokens=args.tokens)
+        experiment(args, "lm", lambda run: language(args, run))
     else:
         for task in args.tasks if args.what == "glue" else ["bbc"]:
-            rows = glue_rows(args, task) if args.what == "glue" else bbc_rows(args)
-            experiment(args, task, lambda run, rows=rows: classify(args, rows, run), tokens=args.tokens)
+            rows = glue_rows(args, task) if args.what == "glue" else bbc_rows()
+            settings = {"rows": args.rows} if args.what == "glue" else {}
+            experiment(args, task, lambda run, rows=rows: classify(args, rows, run), **settings)
 
 
 if __name__ == "__main__":

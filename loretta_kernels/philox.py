@@ -54,13 +54,13 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
     key = int(seed) if plain and device.type == "cpu" else seed.reshape(())
     k0, k1 = key & _WORD, key >> 32 & _WORD
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
-    quad = torch.arange(-(-columns // COLUMNS), device=device)[None, :]
+    group = torch.arange(-(-columns // COLUMNS), device=device)[None, :]
     # In the first two rounds a word depends on the row or on the column, not on both: they are computed on vectors. The
     # others work in place, since allocating memory would cost more than they do.
-    p0, p1 = (row & _WORD) * _M0, quad * _M1
+    p0, p1 = (row & _WORD) * _M0, group * _M1
     c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ (row >> 32) ^ k0, p1, (p0 >> 32 & _WORD) ^ k1, p0
     k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD
-    words = torch.empty(6, rows, quad.shape[1], dtype=torch.int64, device=device)
+    words = torch.empty(6, rows, group.shape[1], dtype=torch.int64, device=device)
     for word, start in zip(words, (c0, c1, c2, c3), strict=False):
         word.copy_(start)
     c0, c1, c2, c3, p0, p1 = words
@@ -72,4 +72,4 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
         c1, c3, p1, p0 = p1, p0, c1, c3
         k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD
     pairs = torch.stack([c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)], -1)
-    return pairs.view(torch.int16).view(rows, COLUMNS * quad.shape[1])[:, :columns]
+    return pairs.view(torch.int16).view(rows, COLUMNS * group.shape[1])[:, :columns]

@@ -9,9 +9,9 @@ width, and one step moves G by c times the rate. With n numbers in the core and 
 
 All other cores orthonormal about it, the first moves by rate · sqrt(K · width) in the Frobenius norm, as far as the
 rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in
-the place of the width too slowly: it has their mean, with which a rep adapter has one best rate from 256 to 4096
-(docs/learning.md). Only the product of a side's gains matters to the function: it is rounded to a power of two, which
-the shape holds (`TTShape.gains`); the rest is in the cores.
+the place of the width too slowly: it has their geometric mean, with which a rep adapter has one best rate from 256 to
+4096 (docs/learning.md). Only the product of a side's gains matters to the function: it is rounded to a power of two,
+which the shape holds (`TTShape.gains`); the rest is in the cores.
 """
 
 from __future__ import annotations

@@ -13,13 +13,7 @@ from loretta.cli.models import load_tokenizer
 from loretta.cli.output import RECORD, OutputFolder, size_on_disk, write_json
 from loretta.cli.report import UserError, log, print_result, refusing, size_text, table
 
-INHERITED = (
-    "task",
-    "labels",
-    "seq_len",
-    "batch_size",
-    "dtype",
-)  # by the record of a merged model
+INHERITED = ("task", "labels", "seq_len", "batch_size", "dtype")  # by the record of a merged model
 
 
 def run(args: argparse.Namespace) -> None:

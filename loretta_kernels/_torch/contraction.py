@@ -50,7 +50,9 @@ class Snapshot:
 
     def __init__(self, value: Any) -> None:
         self.identity = _identity(value)
-        self.value = value.detach().clone() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        if isinstance(value, Tensor):  # detached: the cache must not keep alive what its entries live as long as
+            value = value.detach().clone() if value.device.type == "cpu" else value.detach()
+        self.value = value
 
     def is_of(self, value: Any) -> bool:
         """Whether the value is the same; False where only a synchronisation with the GPU could tell."""

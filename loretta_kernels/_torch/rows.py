@@ -30,11 +30,6 @@ class Dropout(NamedTuple):
     seed: Tensor
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the sums over x: fp64 for fp64, otherwise fp32."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def block_rows(x: Tensor, dtype: torch.dtype, dropout: Dropout | None = None) -> int:
     """How many rows of `x [N, I]` make a block: on a GPU all of them where that costs no temporary memory."""
     if x.device.type == "cpu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,12 +12,10 @@ from torch import Tensor
 
 import loretta_kernels
 from loretta_kernels import reference
-from loretta_kernels.call import Call
 from loretta_kernels.philox import dropout_factor
 from loretta_kernels.shape import TTShape
 from loretta_kernels.train import TT
 
-RESIDUALS = ("x", "another", "none")
 Answers = dict[str, Tensor]
 
 
@@ -100,26 +98,6 @@ class Problem:
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
         return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
-    def call(self) -> Call:
-        """The call of the operator, for its implementations."""
-        up, learnt = self.up, isinstance(self.scale, Tensor)
-        return Call(
-            self.x,
-            self.down.cores,
-            self.down.bias,
-            up.cores if up else None,
-            up.bias if up else None,
-            self.scale if isinstance(self.scale, Tensor) else None,
-            torch.tensor(self.seed, device=self.x.device) if self.dropout_p else None,
-            self.residual if isinstance(self.residual, Tensor) else None,
-            self.down.shape,
-            up.shape if up else None,
-            self.residual == "x",
-            1.0 if learnt else float(self.scale),
-            self.activation,
-            self.dropout_p,
-        )
-
 
 def random_problem(
     operator: str,
@@ -127,18 +105,15 @@ def random_problem(
     rows: int | Sequence[int],
     dtype: torch.dtype,
     *,
-    residual: str | None = None,
-    biases: bool | None = None,
-    scale: Tensor | float | None = None,
-    activation: str = "relu",
-    dropout_p: float = 0.0,
-    param_dtype: torch.dtype | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> Problem:
-    """Normal numbers; rows in `dtype`, parameters in fp32 (fp64 for fp64), or in `param_dtype`.
+    """Normal numbers; rows in `dtype`, parameters in fp32 (fp64 for fp64).
 
-    By default as the layers call the operators: tt_adapter with x for its residual and biases, tt_lora with another
-    residual and none, tt_linear with a bias; a learnt scale.
+    Args:
+        options: `residual` ("x", "another", "none"), `biases`, `scale`, `activation`, `dropout_p`, `param_dtype`. By
+            default as the layers call the operators: tt_adapter with x for its residual and biases, tt_lora with
+            another residual and none, tt_linear with a bias; a learnt scale; relu.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -150,8 +125,7 @@ def random_problem(
         paths = prod(shape.ranks) * shape.in_features * prod(shape.factors) ** 2
         return normal(shape.num_params) * paths ** (-0.5 / len(shape.modes))
 
-    return _problem(operator, shapes, rows, dtype, residual, biases, scale, activation, dropout_p, param_dtype,
-                    normal, normal, cores, 0.7)  # fmt: skip
+    return _problem(operator, shapes, rows, dtype, normal, cores, 0.7, **options)
 
 
 def exact_problem(
@@ -160,19 +134,14 @@ def exact_problem(
     rows: int | Sequence[int],
     dtype: torch.dtype,
     *,
-    residual: str | None = None,
-    biases: bool | None = None,
-    scale: Tensor | float | None = None,
-    activation: str = "relu",
-    dropout_p: float = 0.0,
-    param_dtype: torch.dtype | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> Problem:
     """Few and small whole numbers, such that every product and sum of the computation is exact in 16 bits.
 
     Whatever the order of its sums, a right backend gives each answer without any error but the last rounding to the
     answer's dtype. A row of a core has one number, 1 or -1, for each mode; so has L, and R has no others. The
-    activation must be relu or identity, dropout_p a half or none.
+    options are those of `random_problem`; the activation must be relu or identity, dropout_p a half or none.
     """
     generator = torch.Generator().manual_seed(seed)
     density = 4.0  # numbers other than 0 in a row of x and of dy
@@ -193,8 +162,7 @@ def exact_problem(
     from loretta_kernels.selfcheck.judge import is_exact
 
     for _ in range(20):
-        problem = _problem(operator, shapes, rows, dtype, residual, biases, scale, activation, dropout_p, param_dtype,
-                           whole, whole, cores, 0.5)  # fmt: skip
+        problem = _problem(operator, shapes, rows, dtype, whole, cores, 0.5, **options)
         if is_exact(problem):
             return problem
         density /= 1.5
@@ -210,16 +178,16 @@ def _problem(
     shapes: Sequence[TTShape],
     rows: int | Sequence[int],
     dtype: torch.dtype,
-    residual: str | None,
-    biases: bool | None,
-    scale: Tensor | float | None,
-    activation: str,
-    dropout_p: float,
-    param_dtype: torch.dtype | None,
-    draw: Any,
-    draw_bias: Any,
-    cores: Any,
+    draw: Callable[..., Tensor],
+    cores: Callable[[TTShape], Tensor],
     learnt_scale: float,
+    *,
+    residual: str | None = None,
+    biases: bool | None = None,
+    scale: Tensor | float | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    param_dtype: torch.dtype | None = None,
 ) -> Problem:
     lead = (rows,) if isinstance(rows, int) else tuple(rows)
     wide = param_dtype or torch.promote_types(dtype, torch.float32)
@@ -229,7 +197,7 @@ def _problem(
     biases = operator != "tt_lora" if biases is None else biases
     x = draw(*lead, first.in_features).to(dtype)
     trains = [
-        TT(cores(shape).to(wide), shape, draw_bias(shape.out_features).to(wide) if biases else None) for shape in shapes
+        TT(cores(shape).to(wide), shape, draw(shape.out_features).to(wide) if biases else None) for shape in shapes
     ]
     other: Tensor | str | None = draw(*lead, last.out_features).to(dtype) if residual == "another" else residual
     if scale is None:

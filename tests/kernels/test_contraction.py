@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from weakref import ref
 
 import pytest
 import torch
@@ -228,3 +229,13 @@ def test_shapes_that_share_cores_do_not_share_what_is_derived():
             torch.testing.assert_close(
                 tt_adapter(x, *trains, **options), reference.tt_adapter(x, *trains, **options), rtol=1e-9, atol=1e-12
             )
+
+
+def test_what_is_cached_for_another_device_goes_with_the_cores():
+    """Where values are not copied, the cache must not hold the tensor by whose life it is kept."""
+    cores = torch.empty(SHAPE.num_params, device="meta")
+    contraction.contract(cores, SHAPE, torch.float32)
+    alive = ref(cores)
+    del cores
+    gc.collect()
+    assert alive() is None

@@ -217,3 +217,19 @@ def test_the_gradient_of_the_scale_sees_parameters_that_x_s_dtype_would_round(dt
     exact = x.double() @ tt_matrix(trains[0]).double() @ tt_matrix(replace(trains[1], cores=cores_up.double()))
     summands = exact * dy.double()
     assert abs(dscale - summands.sum()) <= 1e-5 * summands.norm()
+
+
+@one_architecture
+def test_tf32_rounds_to_nearest_and_the_gradient_of_a_bias_not_at_all():
+    """Whole numbers that 16 bits hold, but whose products need more bits than the 11 of tf32."""
+    down, up = TTShape((16,), (16,), 1), TTShape((16,), (16,), 1)
+    x, dy = torch.zeros(1, 16, dtype=torch.bfloat16), torch.full((1, 16), 128.0, dtype=torch.bfloat16)
+    x[0, 0], dy[0, 0] = 1, 121  # so that dz = 121 + 15 · 128 = 2041
+    cores_down, cores_up = torch.ones(32).requires_grad_(), torch.ones(32)
+    cores_up[:16] = 3  # so that da = 6123, which tf32 rounds to 6124 and cuts to 6120
+    bias = torch.zeros(16, requires_grad=True)
+    with backend("triton"):
+        y = tt_adapter(x, TT(cores_down, down, bias), TT(cores_up, up), activation="identity")
+        dbias, dcores = torch.autograd.grad(y, (bias, cores_down), dy)
+    assert dbias.tolist() == [6123] * 16
+    assert dcores[16:].tolist() == [6124] * 16
