@@ -44,26 +44,24 @@ class Launch:
         signature: dict[str, str] = {}
         constexprs: dict[tuple[int, ...], Any] = {}
         attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+        as_they_are = self.kernel.do_not_specialize
         for index, name in enumerate(self.kernel.arg_names):
             value = self.args.get(name, self.constants.get(name))
             if isinstance(value, Tensor):
                 signature[name], attrs[index,] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
-            elif name in self.constants or value is None or (_is_one(value) and name not in DO_NOT_SPECIALIZE):
+            elif name in self.constants or value is None or (_is_one(value) and name not in as_they_are):
                 signature[name], constexprs[index,] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i64" if value >= 2**31 else "i32"
-                if value % 16 == 0 and name not in DO_NOT_SPECIALIZE:
+                if value % 16 == 0 and name not in as_they_are:
                     attrs[index,] = [["tt.divisibility", 16]]
         return {"fn": self.kernel, "signature": signature, "constexprs": constexprs, "attrs": attrs}
 
     def options(self) -> dict[str, int]:
         """The compiler's options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-DO_NOT_SPECIALIZE = ("N",)
 
 
 def _is_one(value: Any) -> bool:

@@ -30,9 +30,18 @@ def _operands(a_ptr, b_ptr, c_ptr, d_ptr):
 
 
 def executed(
-    opcode: str, result: str, operands: tuple[str, ...], values: list[np.ndarray], immediates: str = ""
+    opcode: str,
+    result: str,
+    operands: tuple[str, ...],
+    values: list[np.ndarray],
+    immediates: str = "",
+    before: str = "",
+    after: str = "",
 ) -> np.ndarray:
-    """What one instruction makes of 32 values of every operand, by a kernel of one warp."""
+    """What one instruction makes of 32 values of every operand, by a kernel of one warp.
+
+    `before` stands before the instruction, `after` behind the kernel's return.
+    """
     lines, names = [], []
     for index, kind in enumerate(operands):
         bits = np.dtype(TYPES[kind]).itemsize * 8
@@ -55,6 +64,7 @@ def executed(
     else:
         bits = np.dtype(TYPES[result]).itemsize * 8
         lines += [
+            before,
             f"{opcode} {REGISTER[bits]}50, {', '.join(names)}{immediates};",
             f"st.global.b{bits} [%rd30], {REGISTER[bits]}50;",
         ]
@@ -68,7 +78,9 @@ def executed(
         head += [f"add.s64 %rd{register}, %rd{register + 40}, %rd{register + 20};"]
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 k_{i}" for i in range(4))
     text = (
-        f".visible .entry _operands(\n{parameters}\n)\n.reqntid 32\n{{\n" + "\n".join([*head, *lines, "ret;"]) + "\n}\n"
+        f".visible .entry _operands(\n{parameters}\n)\n.reqntid 32\n{{\n"
+        + "\n".join([*head, *lines, "ret;", after])
+        + "\n}\n"
     )
     tensors = {}
     for name, value in zip(
@@ -186,6 +198,8 @@ def test_bits(kind):
 def test_fields_of_bits():
     a, b = drawn("u32", 0), drawn("u32", 1)
     assert (executed("bfe.u32", "u32", ("u32",), [a], ", 5, 7") == (a >> 5 & 127)).all()
+    c = drawn("u64", 2)
+    assert (executed("bfe.u64", "u64", ("u64",), [c], ", 41, 9") == (c >> np.uint64(41) & np.uint64(511))).all()
     assert (executed("bfe.s32", "s32", ("u32",), [a], ", 5, 7") == (a.view(np.int32) << 20 >> 25)).all()
     assert (executed("bfe.s32", "s32", ("u32",), [a], ", 28, 8") == (a.view(np.int32) >> 28)).all()
     assert (
@@ -279,6 +293,9 @@ def test_conversions():
         assert (executed(f"cvt.rn.f32.{kind}", "f32", (kind,), [integers]) == integers.astype(np.float32)).all()
         for to in ("u16", "s32", "u64", "s64"):
             assert (executed(f"cvt.{to}.{kind}", to, (kind,), [integers]) == integers.astype(TYPES[to])).all()
+    wider = drawn("u32", 4)  # of a register that is wider than what is converted, the low half
+    for kind in ("u16", "s16"):
+        assert (executed(f"cvt.s32.{kind}", "s32", ("u32",), [wider]) == wider.astype(TYPES[kind])).all()
     bits = executed("cvt.rna.tf32.f32", "b32", ("f32",), [a])
     assert not (bits & 0x1FFF).any()
     np.testing.assert_allclose(bits.view(np.float32), a, rtol=2**-11)
@@ -319,3 +336,21 @@ def test_every_opcode_has_one_meaning():
     for opcode, meanings in plain().items():
         widths = [found for _, found in meanings]
         assert len(set(widths)) == len(widths), opcode
+
+
+def test_lanes_that_parted_meet_where_all_paths_lead_though_it_lies_before_them():
+    """As compilers lay out a loop's exit; the barrier there would be found in divergent code."""
+    a = drawn("u32", 0)
+    before = """
+        setp.lt.u32 %p9, %r1, 11;
+        @%p9 bra $L__far;
+        bra.uni $L__near;
+        $L__exit:
+        bar.sync 0;
+    """
+    after = """
+        $L__near: mov.u32 %r60, 1; bra.uni $L__exit;
+        $L__far: mov.u32 %r60, 2; bra.uni $L__exit;
+    """.replace(": ", ":\n").replace("; ", ";\n")
+    found = executed("add.u32", "u32", ("u32",), [a], ", %r60", before, after)
+    assert (found == a + np.where(np.arange(LANES) < 11, 2, 1).astype(np.uint32)).all()
