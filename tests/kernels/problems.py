@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loretta_kernels import TTShape
+from loretta_kernels.call import Call
 from loretta_kernels.selfcheck import Answers, Problem, error, random_problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +31,27 @@ def tiny_problem(operator: str, lead=(6,), dtype=torch.float64, **options) -> Pr
         return random_problem(operator, (TINY_DOWN,), lead, dtype)
     options = ({"residual": "another"} if operator == "tt_adapter" else {}) | options
     return random_problem(operator, (TINY_DOWN, TINY_UP), lead, dtype, **options)
+
+
+def call_of(problem: Problem) -> Call:
+    """The call of the operator that this problem makes."""
+    up, learnt = problem.up, isinstance(problem.scale, torch.Tensor)
+    return Call(
+        problem.x,
+        problem.down.cores,
+        problem.down.bias,
+        up.cores if up else None,
+        up.bias if up else None,
+        problem.scale if learnt else None,
+        torch.tensor(problem.seed, device=problem.x.device) if problem.dropout_p else None,
+        problem.residual if isinstance(problem.residual, torch.Tensor) else None,
+        problem.down.shape,
+        up.shape if up else None,
+        problem.residual == "x",
+        1.0 if learnt else float(problem.scale),
+        problem.activation,
+        problem.dropout_p,
+    )
 
 
 def assert_equal(ours: Answers, others: Answers, relative: float) -> None:

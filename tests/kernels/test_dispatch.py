@@ -13,7 +13,7 @@ import torch
 from loretta_kernels import _dispatch, backend, tt_linear
 from loretta_kernels.selfcheck import random_problem
 
-from .problems import CALL, OPERATORS, TINY_DOWN, assert_equal, tiny_problem
+from .problems import CALL, OPERATORS, TINY_DOWN, assert_equal, call_of, tiny_problem
 
 LINEAR = random_problem("tt_linear", (TINY_DOWN,), 4, torch.float32)
 
@@ -33,7 +33,7 @@ class OnGPU(torch.Tensor):
 
 def call_on_gpu(dtype: torch.dtype):
     """A call whose x claims to be on a GPU."""
-    call = LINEAR.to(dtype).call()
+    call = call_of(LINEAR.to(dtype))
     return call._replace(x=call.x.as_subclass(OnGPU))
 
 
@@ -54,7 +54,7 @@ def test_serves_a_gpu_by_triton(has_triton, dtype):
 
 
 def test_serves_a_cpu_by_pytorch(has_triton):
-    assert served_by(LINEAR.call()) == "torch"
+    assert served_by(call_of(LINEAR)) == "torch"
 
 
 def test_serves_fp64_on_a_gpu_by_pytorch_and_refuses_it_where_triton_is_forced(has_triton):

@@ -15,7 +15,7 @@ from loretta_kernels import ACTIVATIONS, _dispatch
 from loretta_kernels.operator import _arguments
 from loretta_kernels.selfcheck import Problem, error, random_problem
 
-from .problems import OPERATORS, TINY_DOWN, assert_equal, square, tiny_problem
+from .problems import OPERATORS, TINY_DOWN, assert_equal, call_of, square, tiny_problem
 
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 ops = torch.ops.loretta
@@ -86,7 +86,7 @@ def test_opcheck(operator, whole, dtype):
         options["scale"] = None if whole else 1.0
         options["biases"] = whole and operator == "tt_adapter"
     problem = tiny_problem(operator, (2, 3), dtype, **options)
-    call = problem.call()
+    call = call_of(problem)
     torch.library.opcheck(ops.adapter_forward.default, _arguments(call))
     needs = [t is not None and (whole or t is not call.x) for t in call.differentiable]
     arguments = _arguments(call._replace(residual=None))
@@ -168,7 +168,7 @@ def test_widens_no_more_than_a_block_of_rows_and_forms_no_matrix(dtype, dropout_
     N, I = 900, 768
     assert N * I > 5 * CPU_BLOCK
     problem = random_problem("tt_adapter", square(I, 64, 5), N, dtype, scale=1.0, dropout_p=dropout_p)
-    call = problem.call()
+    call = call_of(problem)
     with Recorder() as recorder:
         y, waist = _dispatch.forward(call)
         grads = _dispatch.backward(call, waist, problem.dy, (True,) * 5 + (False,))
