@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .convert import convert_upstream
     from .export import export_lora
     from .model import LorettaAdpModel, LorettaRepModel
+    from .store import AdapterStore
 
 __all__ = [
+    "AdapterStore",
     "LorettaAdpConfig",
     "LorettaAdpModel",
     "LorettaRepConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "get_peft_model",
 ]
 _MODULES = {
+    "AdapterStore": "loretta.store",
     "LorettaAdpConfig": "loretta.config",
     "LorettaAdpModel": "loretta.model",
     "LorettaRepConfig": "loretta.config",
