@@ -142,6 +142,11 @@ class AdapterStore:
         return dict(self._index.config)
 
     @property
+    def method(self) -> str:
+        """The method of all adapters: "adp" or "rep"."""
+        return str(self._index.config["peft_type"]).rpartition("_")[2].lower()
+
+    @property
     def source(self) -> dict[str, Any]:
         """Of the base model: ``gguf``, ``dtype`` and ``quant``, each None where the first adapter did not say."""
         return dict(self._index.source)
@@ -405,6 +410,10 @@ def _read_index(file: Path) -> _Index:
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """An adapter that a store can hold: its configuration, what it says of its base, its tensors."""
+    file = folder / "adapter_model.safetensors"
+    for needed in (folder / "adapter_config.json", file):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{folder}: no adapter there (no {needed.name})")
     config = _read_object(folder / "adapter_config.json")
     record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
     method = config.get("peft_type")
@@ -419,7 +428,6 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         raise ValueError(f"{folder}: holds biases of the base (bias={config['bias']!r}), which a store does not serve")
     if config.get("tensorized") is False:
         raise ValueError(f"{folder}: its projections are dense (tensorized=False), a store takes tensor trains")
-    file = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(file)
     except SafetensorError as error:

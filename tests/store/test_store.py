@@ -123,7 +123,7 @@ def first(tensors: dict) -> str:
 
 REFUSED = {
     "torn": (torn, "adapter_model.safetensors: cannot be read"),
-    "no-weights": (without_weights, "No such file"),
+    "no-weights": (without_weights, "no adapter there .no adapter_model.safetensors."),
     "another-shape": (
         rewritten(lambda tensors: tensors.update({first(tensors): torch.ones(7)})),
         r"q_proj.loretta_rep_A.cores is \[7\] in torch.float32, where the store has \[260\]",
