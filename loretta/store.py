@@ -44,6 +44,10 @@ FREE = {
 }  # fmt: skip
 
 
+class Damaged(ValueError):
+    """The numbers of an adapter are not those that were added."""
+
+
 @dataclass(frozen=True)
 class _Index:
     """What index.json holds.
@@ -298,7 +302,7 @@ class AdapterStore:
                 return self._on_device[key]
             numbers: Any = np.array(self._bytes(data, row))  # a copy: it stays as checked, whatever happens to the file
             if zlib.crc32(numbers) != checksum:
-                raise ValueError(f"{self.folder}: the numbers of {name} are damaged; remove it and add it again")
+                raise Damaged(f"{self.folder}: the numbers of {name} are damaged; remove it and add it again")
             made = self._on_device[key] = torch.from_numpy(numbers).view(self.dtype).to(device, dtype)
             while len(self._on_device) > self.cached:
                 self._on_device.popitem(last=False)
@@ -320,7 +324,7 @@ class AdapterStore:
         config, source, tensors = _read_adapter(folder)
         mine = self._index.config | {"gguf": self._index.source["gguf"]}
         given = config | {"gguf": source["gguf"]}
-        for name in sorted(mine.keys() | given.keys()):
+        for name in sorted((mine.keys() | given.keys()) - FREE):
             if mine.get(name) != given.get(name):
                 raise ValueError(f"{folder}: has {name} {given.get(name)!r}, where the store has {mine.get(name)!r}")
         return tensors
@@ -409,7 +413,7 @@ def _read_index(file: Path) -> _Index:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """An adapter that a store can hold: its configuration, what it says of its base, its tensors."""
+    """An adapter that a store can hold: its configuration, what is recorded of its base, its tensors."""
     file = folder / "adapter_model.safetensors"
     for needed in (folder / "adapter_config.json", file):
         if not needed.is_file():
@@ -436,8 +440,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         raise ValueError(f"{file}: is empty")
     if strange := [key for key in tensors if not KEY.fullmatch(key)]:
         raise ValueError(f"{file}: holds {strange[0]}, which is no part of a tensor-train adapter")
-    kept = {name: _as_set(value) for name, value in config.items() if name not in FREE}
-    return kept, {name: record.get(name) for name in ("gguf", "dtype", "quant")}, tensors
+    config = {name: _as_set(value) for name, value in config.items()}
+    return config, {name: record.get(name) for name in ("gguf", "dtype", "quant")}, tensors
 
 
 def _as_set(value: Any) -> Any:

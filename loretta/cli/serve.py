@@ -1,0 +1,35 @@
+"""`loretta serve`: OpenAI's protocol for a base model and the adapters of a store."""
+
+import argparse
+from pathlib import Path
+
+from loretta.cli.adapters import base_of, checked_record
+from loretta.cli.models import load_base, load_tokenizer
+from loretta.cli.report import UserError, log, need, refusing
+from loretta.store import AdapterStore
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the base, listen until interrupted."""
+    for package in ("fastapi", "uvicorn"):
+        need(package, "loretta serve", "serve")
+    import uvicorn
+
+    from loretta.serve.adapters import StoreModel
+    from loretta.serve.app import make_app
+    from loretta.serve.batching import Batcher
+
+    with refusing(args.store, OSError, ValueError):
+        store = AdapterStore(Path(args.store).expanduser(), cached=max(256, args.max_batch))
+    record = {name: value for name, value in store.source.items() if value is not None}
+    base = base_of(args.store, store.config, checked_record(args.store, record), args)
+    if base.task != "causal_lm":
+        raise UserError(f"{args.store}: holds adapters of classifiers; only language models are served")
+    tokenizer = load_tokenizer(base)
+    log(f"loading {base.model}")
+    with refusing(args.store, ValueError):
+        model = StoreModel(load_base(base, tokenizer), store, args.max_batch)
+    name = args.name or Path(base.model).name
+    app = make_app(Batcher(model, tokenizer, args.max_batch, args.max_waiting), name)
+    log(f"serving {name} and {len(store)} adapters at http://{args.host}:{args.port}/v1")
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
