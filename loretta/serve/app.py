@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 from loretta.serve.batching import Batcher, Job, Overloaded, Piece
@@ -30,7 +30,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none",),
     "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False), "modalities": (["text"],),
 }  # fmt: skip
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _is_text(given: str) -> str:
+    """The same; a ValueError where it has half of a surrogate pair, which JSON can write and nothing can encode."""
+    given.encode()
+    return given
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Stop = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 
 
 class _StreamOptions(BaseModel):
@@ -41,7 +50,7 @@ class _Asked(BaseModel):
     """What both kinds of request share."""
 
     model_config = ConfigDict(extra="allow")
-    model: str
+    model: Text
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
@@ -69,17 +78,17 @@ class _Asked(BaseModel):
 
 
 class _Completion(_Asked):
-    prompt: str
+    prompt: Text
 
 
 class _Text(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class _Message(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: str | list[_Text]
+    content: Text | list[_Text]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""

@@ -163,25 +163,26 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
                 self._running = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))]
-            try:
-                refused = self.model.place([job.adapter for job in self._running])
-                for job in self._running:
-                    if job.adapter in refused:
-                        job.end("", refused[job.adapter])
-                self._generate([job for job in self._running if not job.ended])
-            except Exception as error:  # whatever it is, the next batch may be well
-                traceback.print_exc()
-                for job in self._running:
-                    if not job.ended:
-                        job.end("", error)
+            self._run_batch()
             with self._changed:
                 self._running = []
+
+    def _run_batch(self) -> None:
+        try:
+            refused = self.model.place([job.adapter for job in self._running])
+            for job in self._running:
+                if job.adapter in refused:
+                    job.end("", refused[job.adapter])
+            self._generate([job for job in self._running if not job.ended])
+        except Exception as error:  # whatever it is, the next batch may be well
+            traceback.print_exc()
+            for job in self._running:
+                if not job.ended:
+                    job.end("", error)
 
     @torch.inference_mode()
     def _generate(self, jobs: list[Job]) -> None:
