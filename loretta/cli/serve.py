@@ -1,6 +1,7 @@
 """`loretta serve`: OpenAI's protocol for a base model and the adapters of a store."""
 
 import argparse
+import socket
 from pathlib import Path
 
 from loretta.cli.adapters import base_of, checked_record
@@ -25,11 +26,15 @@ def run(args: argparse.Namespace) -> None:
     base = base_of(args.store, store.config, checked_record(args.store, record), args)
     if base.task != "causal_lm":
         raise UserError(f"{args.store}: holds adapters of classifiers; only language models are served")
+    with refusing(f"--host {args.host} --port {args.port}", OSError):  # before the model is loaded
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
     tokenizer = load_tokenizer(base)
     log(f"loading {base.model}")
     with refusing(args.store, ValueError):
         model = StoreModel(load_base(base, tokenizer), store, args.max_batch)
     name = args.name or Path(base.model).name
     app = make_app(Batcher(model, tokenizer, args.max_batch, args.max_waiting), name)
-    log(f"serving {name} and {len(store)} adapters at http://{args.host}:{args.port}/v1")
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
+    log(f"serving {name} and {len(store)} adapters at http://{args.host}:{listening.getsockname()[1]}/v1")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    server.run(sockets=[listening])
