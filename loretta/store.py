@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 import threading
@@ -24,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -286,8 +286,13 @@ class AdapterStore:
                 bad.append(name)
         return bad
 
-    def _bytes(self, data: Any, row: int) -> Any:
-        return data[row * self._row_bytes : (row + 1) * self._row_bytes]
+    def _bytes(self, data: mmap.mmap | bytes, row: int) -> bytes:
+        """A copy of a row, which stays as it is whatever happens to the file."""
+        start, size = row * self._row_bytes, self._row_bytes
+        if isinstance(data, mmap.mmap) and start < len(data):  # one read from disk, of this row and nothing around it
+            first = start - start % mmap.PAGESIZE
+            data.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+        return data[start : start + size]
 
     def _row(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The numbers of an adapter [num_params] on a device, from there if it was used lately."""
@@ -300,10 +305,10 @@ class AdapterStore:
             if key in self._on_device:
                 self._on_device.move_to_end(key)
                 return self._on_device[key]
-            numbers: Any = np.array(self._bytes(data, row))  # a copy: it stays as checked, whatever happens to the file
+            numbers = bytearray(self._bytes(data, row))
             if zlib.crc32(numbers) != checksum:
                 raise Damaged(f"{self.folder}: the numbers of {name} are damaged; remove it and add it again")
-            made = self._on_device[key] = torch.from_numpy(numbers).view(self.dtype).to(device, dtype)
+            made = self._on_device[key] = torch.frombuffer(numbers, dtype=self.dtype).to(device, dtype)
             while len(self._on_device) > self.cached:
                 self._on_device.popitem(last=False)
             return made
@@ -344,7 +349,7 @@ class AdapterStore:
         flat = torch.cat([tensors[key].detach().cpu().reshape(-1) for key in shapes])
         if not flat.isfinite().all():
             raise ValueError(f"{name}: has values that are not finite")
-        return flat.view(torch.uint8).numpy().tobytes()
+        return bytes(flat.view(torch.uint8).numpy())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -394,12 +399,13 @@ def layer_and_part(key: str) -> tuple[str, str]:
     return found["layer"], found["part"]
 
 
-def _mapped(file: Path) -> Any:
+def _mapped(file: Path) -> mmap.mmap | bytes:
     """The bytes of a file, mapped; no bytes where it is empty or missing, so that every row reads as damaged."""
     try:
-        return np.memmap(file, np.uint8, "r")
+        with open(file, "rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (FileNotFoundError, ValueError):
-        return np.empty(0, np.uint8)
+        return b""
 
 
 def _read_index(file: Path) -> _Index:
