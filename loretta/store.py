@@ -16,10 +16,9 @@ import math
 import mmap
 import os
 import re
-import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from .cli.output import RECORD, write_json
 INDEX = "index.json"
 FORMAT = 1
 SPARE = 1.2  # a file of rows is written anew when it has more than this many rows for each adapter
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>loretta_(rep|adp)_\w+\.(cores|bias|value))")
+TRAIN = re.compile(r".+\.loretta_(rep|adp)_\w+\.(cores|bias|value)")
 # Fields of a configuration that change nothing once the adapter is trained.
 FREE = {
     "peft_version", "auto_mapping", "inference_mode", "init_weights", "lora_dropout", "adapter_dropout",
@@ -76,35 +75,32 @@ class AdapterStore:
     """Many trained adapters of one configuration in one folder, by name.
 
     Adapters come from folders that ``save_pretrained`` or ``loretta finetune`` wrote. All have the same method, base
-    model, configuration, dtype and shapes; such as have norms, heads or biases of the base beside them are refused.
-    Any number of processes may read while one writes. A reader sees the store as it was when it opened it or last
-    called ``refresh``.
+    model, configuration, dtype and shapes; they may have trained norms beside their trains, but no heads and no biases
+    of the base. Any number of processes may read while one writes. A reader sees the store as it was when it opened it
+    or last called ``refresh``.
 
     Args:
         folder: of the store; ``AdapterStore.create`` makes one.
-        cached: how many adapters are kept on the devices that ``stack`` was asked for; those used last stay.
 
     Raises:
         FileNotFoundError: there is no store.
         ValueError: its index cannot be read.
 
     Example:
-        >>> tuned = get_peft_model(model, LorettaRepConfig(task_type="CAUSAL_LM", train_layernorm=False))
+        >>> tuned = get_peft_model(model, LorettaRepConfig(task_type="CAUSAL_LM")).eval()
         >>> tuned.save_pretrained("runs/one")
         >>> store = AdapterStore.create("shop", like="runs/one")
         >>> store.add({"one": "runs/one", "two": "runs/one"})
         >>> list(store)
         ['one', 'two']
-        >>> store.stack(["two", "one", "two"])["model.layers.0.self_attn.q_proj"]["loretta_rep_A.cores"].shape
-        torch.Size([3, 260])
+        >>> stack = AdapterStack(tuned, store.stack(["one", "two"]))
+        >>> with torch.no_grad(), stack.serving(torch.tensor([1, -1])):  # "two", and none
+        ...     logits = tuned(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]])).logits
     """
 
-    def __init__(self, folder: str | os.PathLike[str], cached: int = 256) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.cached = cached
         self._stamp: tuple[int, ...] = ()
-        self._lock = threading.Lock()
-        self._on_device: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         if not (self.folder / INDEX).is_file():
             raise FileNotFoundError(f"{self.folder}: no adapter store there (no {INDEX})")
         self.refresh()
@@ -196,37 +192,32 @@ class AdapterStore:
 
         Raises:
             KeyError: there is no adapter of that name.
-            ValueError: its numbers are not those that were added.
+            Damaged: its numbers are not those that were added.
         """
-        row = self._row(name, torch.device("cpu"), self.dtype).clone()
-        return dict(zip(self._index.tensors, self._split(row), strict=True))
+        return dict(zip(self._index.tensors, self._split(self._row(name)[1]), strict=True))
 
     def stack(
         self, names: Sequence[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> dict[str, dict[str, Tensor]]:
-        """The tensors of several adapters, stacked, by layer.
+    ) -> dict[str, Tensor]:
+        """The tensors of several adapters, stacked, as ``AdapterStack`` takes them.
 
         Args:
-            names: of the adapters, in the order of the stack; one may be named more than once.
+            names: of the adapters, in the order of the stack.
             device, dtype: of the stack; None: the store's dtype.
 
         Returns:
-            for each layer of the base model its tensors by their names within the layer, [names, *shape], such as
-            ``{"model.layers.0.self_attn.q_proj": {"loretta_rep_A.cores": [names, num_params], ...}}``; views of one
-            tensor.
+            the tensors by their names in PEFT's files, ``[names, *shape]``: of cores ``[names, num_params]``, of biases
+            and norms ``[names, features]``.
 
         Raises:
-            KeyError: there is no adapter of one of the names.
-            ValueError: the numbers of one are not those that were added, or there are no names.
+            KeyError, Damaged: as ``load``.
         """
-        if not names:
-            raise ValueError("no names of adapters were given")
-        rows = torch.stack([self._row(name, torch.device(device), dtype or self.dtype) for name in names])
-        stacked: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in zip(self._index.tensors, self._split(rows), strict=True):
-            layer, part = layer_and_part(key)
-            stacked.setdefault(layer, {})[part] = tensor
-        return stacked
+        rows = torch.stack([self._row(name)[1] for name in names]).to(device, dtype)
+        return {key: part.contiguous() for key, part in zip(self._index.tensors, self._split(rows), strict=True)}
+
+    def places(self, count: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Places:
+        """Room for so many adapters on a device, into which they are fetched by name; dtype None: the store's."""
+        return Places(self, count, device, dtype or self.dtype)
 
     def add(self, folders: Mapping[str, str | os.PathLike[str]], replacing: bool = False) -> None:
         """Add trained adapters: all of them, or none where one is refused.
@@ -286,6 +277,28 @@ class AdapterStore:
                 bad.append(name)
         return bad
 
+    def _row(self, name: str, known: Container[Any] = ()) -> tuple[tuple[str, int], Tensor]:
+        """What tells an adapter from all others, and its numbers [num_params], or none of them if it is known."""
+        index, data = self._index_and_data
+        if name not in index.adapters:
+            raise KeyError(f"{self.folder}: there is no adapter {name}")
+        row, checksum = index.adapters[name]
+        identity = index.data, row
+        if identity in known:
+            return identity, torch.empty(0)
+        numbers = bytearray(self._bytes(data, row))
+        if zlib.crc32(numbers) != checksum:
+            raise Damaged(f"{self.folder}: the numbers of {name} are damaged; remove it and add it again")
+        return identity, torch.frombuffer(numbers, dtype=self.dtype)
+
+    def _split(self, rows: Tensor) -> list[Tensor]:
+        """Views of rows [..., num_params], one for each tensor of an adapter."""
+        shapes = self._index.tensors.values()
+        return [
+            part.unflatten(-1, shape)
+            for part, shape in zip(rows.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True)
+        ]
+
     def _bytes(self, data: mmap.mmap | bytes, row: int) -> bytes:
         """A copy of a row, which stays as it is whatever happens to the file."""
         start, size = row * self._row_bytes, self._row_bytes
@@ -294,35 +307,10 @@ class AdapterStore:
             data.madvise(mmap.MADV_WILLNEED, first, start + size - first)
         return data[start : start + size]
 
-    def _row(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The numbers of an adapter [num_params] on a device, from there if it was used lately."""
-        index, data = self._index_and_data
-        if name not in index.adapters:
-            raise KeyError(f"{self.folder}: there is no adapter {name}")
-        row, checksum = index.adapters[name]
-        key = (index.data, row, device, dtype)
-        with self._lock:
-            if key in self._on_device:
-                self._on_device.move_to_end(key)
-                return self._on_device[key]
-            numbers = bytearray(self._bytes(data, row))
-            if zlib.crc32(numbers) != checksum:
-                raise Damaged(f"{self.folder}: the numbers of {name} are damaged; remove it and add it again")
-            made = self._on_device[key] = torch.frombuffer(numbers, dtype=self.dtype).to(device, dtype)
-            while len(self._on_device) > self.cached:
-                self._on_device.popitem(last=False)
-            return made
-
     def _now(self) -> tuple[int, ...]:
         """What changes whenever another index takes the place of this one."""
         status = (self.folder / INDEX).stat()
         return status.st_ino, status.st_mtime_ns, status.st_size
-
-    def _split(self, rows: Tensor) -> list[Tensor]:
-        """Views of rows [..., num_params], one for each tensor of an adapter."""
-        shapes = self._index.tensors.values()
-        parts = rows.split([math.prod(shape) for shape in shapes], dim=-1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors of a folder whose configuration and base model are the store's."""
@@ -392,11 +380,36 @@ class AdapterStore:
         return replace(index, data=name, rows=len(adapters), adapters=adapters)
 
 
-def layer_and_part(key: str) -> tuple[str, str]:
-    """A name in PEFT's files as the layer's name in the base model, and the tensor's in the layer."""
-    found = KEY.fullmatch(key)
-    assert found is not None
-    return found["layer"], found["part"]
+class Places:
+    """Room for some adapters of a store on a device: those that were asked for last. Made by ``AdapterStore.places``.
+
+    One thread at a time may use it.
+
+    Attributes:
+        tensors: stacked, as ``AdapterStack`` takes them; of a place that was never filled zeros.
+    """
+
+    def __init__(self, store: AdapterStore, count: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._store = store
+        shapes = store.shapes.items()
+        self.tensors = {key: torch.zeros(count, *shape, device=device, dtype=dtype) for key, shape in shapes}
+        self._device = device
+        self._of: OrderedDict[Any, int] = OrderedDict((place, place) for place in range(count))  # last used last
+
+    def fetch(self, name: str) -> int:
+        """The place of an adapter, where it stays until as many others as there are places were asked for.
+
+        Raises:
+            KeyError, Damaged: as ``AdapterStore.load``.
+        """
+        identity, numbers = self._store._row(name, self._of)
+        if identity not in self._of:
+            _, place = self._of.popitem(last=False)
+            parts = self._store._split(numbers.to(self._device))  # one copy to the device
+            torch._foreach_copy_([stacked[place] for stacked in self.tensors.values()], parts)
+            self._of[identity] = place
+        self._of.move_to_end(identity)
+        return self._of[identity]
 
 
 def _mapped(file: Path) -> mmap.mmap | bytes:
@@ -429,11 +442,6 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
     method = config.get("peft_type")
     if method not in ("LORETTA_ADP", "LORETTA_REP"):
         raise ValueError(f"{folder}: a store takes LoRETTA adapters, not {method!r}")
-    if whole := config.get("modules_to_save"):
-        raise ValueError(
-            f"{folder}: holds modules that were trained whole ({', '.join(map(str, whole[:3]))}), which a store does "
-            f"not serve: train with --no-train-layernorm (train_layernorm=False) and without modules_to_save"
-        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"{folder}: holds biases of the base (bias={config['bias']!r}), which a store does not serve")
     if config.get("tensorized") is False:
@@ -444,10 +452,18 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         raise ValueError(f"{file}: cannot be read: {error}") from error
     if not tensors:
         raise ValueError(f"{file}: is empty")
-    if strange := [key for key in tensors if not KEY.fullmatch(key)]:
-        raise ValueError(f"{file}: holds {strange[0]}, which is no part of a tensor-train adapter")
+    if strange := [key for key, tensor in tensors.items() if tensor.dim() > 1 or not _is_known(key, config)]:
+        raise ValueError(f"{file}: holds {strange[0]}; a store takes tensor trains and trained norms, nothing else")
     config = {name: _as_set(value) for name, value in config.items()}
     return config, {name: record.get(name) for name in ("gguf", "dtype", "quant")}, tensors
+
+
+def _is_known(key: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is of a train, or of a module that the configuration says is trained whole."""
+    module = key.rpartition(".")[0]
+    return bool(TRAIN.fullmatch(key)) or any(
+        module.endswith(f".{name}") for name in config.get("modules_to_save") or ()
+    )
 
 
 def _as_set(value: Any) -> Any:

@@ -9,6 +9,8 @@ from loretta.cli.models import load_base, load_tokenizer
 from loretta.cli.report import UserError, log, need, refusing
 from loretta.store import AdapterStore
 
+PLACES = 256  # adapters that stay on the device
+
 
 def run(args: argparse.Namespace) -> None:
     """Load the base, listen until interrupted."""
@@ -21,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from loretta.serve.batching import Batcher
 
     with refusing(args.store, OSError, ValueError):
-        store = AdapterStore(Path(args.store).expanduser(), cached=max(256, args.max_batch))
+        store = AdapterStore(Path(args.store).expanduser())
     record = {name: value for name, value in store.source.items() if value is not None}
     base = base_of(args.store, store.config, checked_record(args.store, record), args)
     if base.task != "causal_lm":
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(base)
     log(f"loading {base.model}")
     with refusing(args.store, ValueError):
-        model = StoreModel(load_base(base, tokenizer), store, args.max_batch)
+        model = StoreModel(load_base(base, tokenizer), store, max(PLACES, args.max_batch))
     name = args.name or Path(base.model).name
     app = make_app(Batcher(model, tokenizer, args.max_batch, args.max_waiting), name)
     log(f"serving {name} and {len(store)} adapters at http://{args.host}:{listening.getsockname()[1]}/v1")

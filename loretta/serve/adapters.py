@@ -7,20 +7,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import PeftConfig
 from torch import nn
 
-from loretta import AdapterStore, get_peft_model
+from loretta import AdapterStack, AdapterStore, get_peft_model
 from loretta.store import Damaged
 
 
 class StoreModel:
-    """A base model with as many places for adapters as a batch may need, filled from a store for each batch.
+    """A base model with places for adapters on its device, which are fetched from a store as batches need them.
 
     Args:
         base: the model, in eval mode.
         store: of adapters that were trained on it.
-        places: the most adapters that one batch names.
+        places: adapters that stay on the device; as many as one batch names, or more.
 
     Raises:
         ValueError: the store's adapters do not fit the model.
@@ -28,23 +28,16 @@ class StoreModel:
 
     def __init__(self, base: nn.Module, store: AdapterStore, places: int) -> None:
         self.store = store
-        self._places = [f"place-{number}" for number in range(places)]
-        self._of: dict[str, str] = {}
+        config = PeftConfig.from_peft_type(**store.config | {"inference_mode": True})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the base's name, which is compared by who serves
-            for place in self._places:
-                config = PeftConfig.from_peft_type(**store.config | {"inference_mode": True})
-                if place == self._places[0]:
-                    self.model = get_peft_model(base, config, place).eval()
-                else:
-                    self.model.add_adapter(place, config)
-            held = get_peft_model_state_dict(self.model, adapter_name=self._places[0])
-        if {key: tuple(tensor.shape) for key, tensor in held.items()} != store.shapes:
-            raise ValueError(f"{store.folder}: its adapters do not fit this model")
+            warnings.simplefilter("ignore")  # of the base's name, which may be another path to the same model
+            self.model = get_peft_model(base, config).eval()
+        self._places = store.places(places, self.model.device)
+        self._stack = AdapterStack(self.model, self._places.tensors)
+        self._of: dict[str | None, int] = {}
 
-    @torch.no_grad()
-    def place(self, names: Iterable[str | None]) -> dict[str | None, Exception]:
-        """Put the adapters of a batch into places, for `generate`.
+    def fetch(self, names: Iterable[str | None]) -> dict[str | None, Exception]:
+        """Have the adapters of a batch on the device, for `generate`.
 
         Args:
             names: of the adapters, at most as many as there are places; None is the base alone.
@@ -52,26 +45,17 @@ class StoreModel:
         Returns:
             those that cannot be used: KeyError where the store does not have one, Damaged where its numbers are.
         """
+        self._of = {None: -1}
         refused: dict[str | None, Exception] = {}
-        self._of = {}
-        for name, place in zip(dict.fromkeys(name for name in names if name is not None), self._places, strict=False):
+        for name in names:
             try:
-                layers = self.store.stack([name], self.model.device)
+                if name is not None:
+                    self._of[name] = self._places.fetch(name)
             except (KeyError, Damaged) as error:
                 refused[name] = error
-                continue
-            self._of[name] = place
-            for layer, parts in layers.items():
-                module = self.model.base_model.model.get_submodule(layer)
-                for part, stacked in parts.items():
-                    kind, _, number = part.partition(".")
-                    getattr(module, kind)[place].get_parameter(number).copy_(stacked[0])
         return refused
 
     def generate(self, names: Sequence[str | None], **options: Any) -> Any:
-        """`generate` of transformers, each row with the placed adapter of that name, None for the base alone."""
-        if not any(names):
-            with self.model.disable_adapter():
-                return self.model.generate(**options)
-        places = ["__base__" if name is None else self._of[name] for name in names]
-        return self.model.generate(**options, adapter_names=places)
+        """`generate` of transformers, each row with the adapter of that name, which was fetched, or None."""
+        with self._stack.serving(torch.tensor([self._of[name] for name in names])):
+            return self.model.generate(**options)

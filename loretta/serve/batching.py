@@ -173,7 +173,7 @@ class Batcher:
 
     def _run_batch(self) -> None:
         try:
-            refused = self.model.place([job.adapter for job in self._running])
+            refused = self.model.fetch([job.adapter for job in self._running])
             for job in self._running:
                 if job.adapter in refused:
                     job.end("", refused[job.adapter])

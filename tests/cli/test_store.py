@@ -17,7 +17,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     first = save_adapter(tmp_path / "runs" / "anna")
     for number, name in enumerate(["ben", "carla"]):
         variant(tmp_path / "runs" / name, first, number)
-    save_adapter(tmp_path / "runs" / "norms", train_layernorm=True)
+    save_adapter(tmp_path / "runs" / "head", modules_to_save=["lm_head"])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     return tmp_path
@@ -46,7 +46,7 @@ def test_adds_lists_removes_and_verifies(loretta, workplace, capsys) -> None:
 
 WRONG = {
     "no-adapter": (["add", "shop", "runs/anna", "runs/none"], "runs/none: no adapter there (no adapter_config.json)"),
-    "norms": (["add", "shop", "runs/norms"], "--no-train-layernorm"),
+    "a-head": (["add", "shop", "runs/head"], "a store takes tensor trains and trained norms, nothing else"),
     "one-name-twice": (["add", "shop", "runs/anna", "anna=runs/ben"], "two adapters would be called anna"),
     "in-use": (["add", "thesis", "runs/anna"], "thesis: is in use"),
     "nothing-to-add": (["add", "shop"], "add STORE takes folders of adapters"),

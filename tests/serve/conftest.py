@@ -50,7 +50,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Twenty adapters by their names."""
     parent = tmp_path_factory.mktemp("adapters")
-    first = save_adapter(parent / NAMES[0])
+    first = save_adapter(parent / NAMES[0], train_layernorm=True)
     return {NAMES[0]: first} | {name: variant(parent / name, first, seed) for seed, name in enumerate(NAMES[1:])}
 
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from loretta import AdapterStore, get_peft_model
+from loretta.store import Damaged
 from tests.store.adapters import WEIGHTS, save_adapter, variant
 from tests.tiny_models import tiny_model
 
@@ -67,24 +68,21 @@ def test_what_it_loads_is_an_adapter_of_peft(store, folders) -> None:
     assert torch.equal(model.eval()(ids).logits, read(ids).logits)
 
 
-@pytest.mark.parametrize("method", ["rep", "adp", "adp-learned"])
-def test_stacks_by_layer_in_the_order_of_the_names(method, tmp_path) -> None:
-    scaling = {"scaling": "learned"} if method == "adp-learned" else {}
-    first = save_adapter(tmp_path / "a", method[:3], **scaling)
+@pytest.mark.parametrize("kind", ["rep", "adp", "adp-learned", "norms"])
+def test_stacks_in_the_order_of_the_names(kind, tmp_path) -> None:
+    fields = {"adp-learned": {"scaling": "learned"}, "norms": {"train_layernorm": True}}.get(kind, {})
+    first = save_adapter(tmp_path / "a", "adp" if kind.startswith("adp") else "rep", **fields)
     folders = {"a": first, "b": variant(tmp_path / "b", first, 1)}
     store = AdapterStore.create(tmp_path / "store", like=first)
     store.add(folders)
     tensors = {name: load_file(folder / WEIGHTS) for name, folder in folders.items()}
+    assert any("norm" in key for key in tensors["a"]) == (kind == "norms")
     for dtype in (None, torch.bfloat16):
         stacked = store.stack(["b", "a", "b"], dtype=dtype)
-        found = {
-            f"base_model.model.{layer}.{part}": part_of for layer in stacked for part, part_of in stacked[layer].items()
-        }
-        assert found.keys() == tensors["a"].keys()
-        for key, tensor in found.items():
+        assert stacked.keys() == tensors["a"].keys()
+        for key, tensor in stacked.items():
+            assert tensor.is_contiguous()
             assert torch.equal(tensor, torch.stack([tensors[name][key] for name in "bab"]).to(dtype or torch.float32))
-    with pytest.raises(ValueError, match="no names"):
-        store.stack([])
 
 
 def rewritten(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -139,7 +137,7 @@ REFUSED = {
     ),
     "no-train": (
         rewritten(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2)})),
-        "lm_head.weight, which is no part of a tensor-train adapter",
+        "holds base_model.model.lm_head.weight; a store takes tensor trains and trained norms, nothing else",
     ),
     "not-finite": (rewritten(lambda tensors: tensors[first(tensors)].fill_(torch.nan)), "not finite"),
     "another-base": (
@@ -148,7 +146,7 @@ REFUSED = {
     ),
     "another-configuration": (configured(lora_alpha=32), "has lora_alpha 32, where the store has 16"),
     "another-method": (configured(peft_type="LORA"), "a store takes LoRETTA adapters, not 'LORA'"),
-    "norms": (configured(modules_to_save=["norm"]), r"trained whole \(norm\).*--no-train-layernorm"),
+    "norms-where-others-have-none": (configured(modules_to_save=["norm"]), r"has modules_to_save \['norm'\], where"),
     "biases": (configured(bias="lora_only"), "holds biases of the base"),
     "broken-configuration": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
 }
@@ -167,7 +165,8 @@ def test_refuses_an_adapter_and_adds_none_of_its_call(damage, message, store, fo
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("rep", {"train_layernorm": True}, "trained whole"),
+        ("rep", {"modules_to_save": ["lm_head"]}, "holds base_model.model.lm_head.weight; a store takes"),
+        ("rep", {"bias": "all"}, "holds biases of the base"),
         ("adp", {"tensorized": False}, "its projections are dense"),
     ],
 )
@@ -251,15 +250,32 @@ def test_damage_costs_the_adapters_that_it_hit(damage, store, folders) -> None:
     expect(store, folders, "".join(name for name in "abcdefg" if name not in hit))
 
 
-def test_keeps_those_used_last_and_reads_them_once(store, folders) -> None:
-    kept = AdapterStore(store.folder, cached=2)
-    kept.stack("abca")
-    content = bytearray((store.folder / "rows-0.bin").read_bytes())
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_those_used_last_stay_in_their_places(dtype, store, folders) -> None:
+    places = store.places(3, dtype=dtype)
+    expected = {name: load_file(folders[name] / WEIGHTS) for name in NAMES}
+
+    def fetch(names: str) -> list[int]:
+        found = [places.fetch(name) for name in names]
+        for name, place in zip(names, found, strict=True):
+            for key, stacked in places.tensors.items():
+                assert torch.equal(stacked[place], expected[name][key].to(dtype or torch.float32))
+        return found
+
+    assert sorted(fetch("abc")) == [0, 1, 2]
+    a, b, c = fetch("abc")
+    assert fetch("acd") == [a, c, b]  # b was not used for longest
     with open(store.folder / "rows-0.bin", "r+b") as file:
-        file.write(bytes(len(content)))  # in place: both maps see zeros
-    kept.stack("ca")
-    with pytest.raises(ValueError, match="the numbers of b are damaged"):
-        kept.stack("b")
+        file.write(bytes(store.nbytes))
+    assert fetch("acd") == [a, c, b]  # what is in its place is not read again
+    with pytest.raises(Damaged):
+        places.fetch("b")
+    store.remove(["c"])
+    with pytest.raises(KeyError):
+        places.fetch("c")
+    store.add({"a": folders["g"]}, replacing=True)
+    expected["a"] = expected["g"]
+    fetch("a")
 
 
 def test_one_process_writes_at_a_time(store, folders) -> None:
