@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from loretta_kernels import TTShape
@@ -28,7 +31,7 @@ def square(size: int, bottleneck: int, rank: int) -> tuple[TTShape, TTShape]:
 def tiny_problem(operator: str, lead=(6,), dtype=torch.float64, **options) -> Problem:
     """A small problem; the two trains lead from 12 features to 15."""
     if operator == "tt_linear":
-        return random_problem(operator, (TINY_DOWN,), lead, dtype)
+        return random_problem(operator, (TINY_DOWN,), lead, dtype, **options)
     options = ({"residual": "another"} if operator == "tt_adapter" else {}) | options
     return random_problem(operator, (TINY_DOWN, TINY_UP), lead, dtype, **options)
 
@@ -45,6 +48,7 @@ def call_of(problem: Problem) -> Call:
         problem.scale if learnt else None,
         torch.tensor(problem.seed, device=problem.x.device) if problem.dropout_p else None,
         problem.residual if isinstance(problem.residual, torch.Tensor) else None,
+        problem.index,
         problem.down.shape,
         up.shape if up else None,
         problem.residual == "x",
@@ -59,3 +63,28 @@ def assert_equal(ours: Answers, others: Answers, relative: float) -> None:
     assert ours.keys() == others.keys()
     for name, answer in ours.items():
         assert error(answer, others[name]) <= relative, f"{name}: {error(answer, others[name]):.2e}"
+
+
+def groupings(count: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """So many random indices, and how many adapters are stacked: every kind of group in turn."""
+    for case in range(count):
+        generator = torch.Generator().manual_seed(case)
+        adapters = int(torch.randint(1, 9, (), generator=generator))
+        rows = int(torch.randint(1, 40, (), generator=generator))
+        kind = case % 5
+        if kind == 0:  # one row each, some adapters without any
+            index = torch.randperm(adapters, generator=generator)[: 1 + adapters // 2]
+        elif kind == 1:  # one adapter for all
+            index = torch.full((rows,), adapters - 1)
+        elif kind == 2:  # one large group among small ones
+            index = torch.cat([torch.arange(adapters), torch.zeros(rows, dtype=torch.int64)])
+        else:
+            index = torch.randint(-1 if kind == 3 else 0, adapters, (rows,), generator=generator)
+        yield index[torch.randperm(len(index), generator=generator)], adapters
+
+
+def of_one_adapter(problem: Problem, a: int) -> Problem:
+    """The problem that one adapter of a stack has with its rows."""
+    mine, rows = problem.index == a, ("x", "residual")
+    own = {name: t[mine] if name in rows else t[a] for name, t in problem.tensors.items()}
+    return replace(problem.with_tensors(own), dy=problem.dy[mine], index=None)
