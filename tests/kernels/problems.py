@@ -83,8 +83,30 @@ def groupings(count: int) -> Iterator[tuple[torch.Tensor, int]]:
         yield index[torch.randperm(len(index), generator=generator)], adapters
 
 
-def of_one_adapter(problem: Problem, a: int) -> Problem:
-    """The problem that one adapter of a stack has with its rows."""
-    mine, rows = problem.index == a, ("x", "residual")
-    own = {name: t[mine] if name in rows else t[a] for name, t in problem.tensors.items()}
-    return replace(problem.with_tensors(own), dy=problem.dy[mine], index=None)
+def one_at_a_time(problem: Problem) -> Answers:
+    """The answers of stacked adapters by a call for each of them, with its rows alone."""
+    rows, tensors = ("x", "residual"), problem.tensors
+    base = problem.x if isinstance(problem.residual, str) else problem.residual
+    none = problem.index == -1
+    answers = {f"d{name}": torch.zeros_like(t) for name, t in tensors.items()} | {"y": torch.zeros_like(problem.dy)}
+    if base is not None:
+        answers["y"][none] = base[none]
+        answers["dx" if isinstance(problem.residual, str) else "dresidual"][none] = problem.dy[none]
+    for a in sorted(set(problem.index.flatten().tolist()) - {-1}):
+        mine = problem.index == a
+        own = {name: t[mine] if name in rows else t[a] for name, t in tensors.items()}
+        one = replace(problem.with_tensors(own), dy=problem.dy[mine], index=None)
+        for name, answer in one.solve().items():
+            answers[name][mine if name in ("y", "dx", "dresidual") else a] = answer
+    return answers
+
+
+def assert_as_one_at_a_time(problem: Problem, relative: float) -> None:
+    """y within 1e-6, and every gradient within this relative error, of those by a call for each adapter."""
+    ours, alone = problem.solve(), one_at_a_time(problem)
+    assert error(ours["y"], alone["y"]) <= 1e-6
+    if (dscale := ours.pop("dscale", None)) is not None:  # of each adapter one sum, whose terms may cancel
+        base = problem.x if isinstance(problem.residual, str) else 0 if problem.residual is None else problem.residual
+        terms = ((alone["y"].double() - base) * problem.dy.double()).abs().sum()
+        assert (dscale - alone.pop("dscale")).abs().max() <= relative * terms
+    assert_equal(ours, alone, relative)

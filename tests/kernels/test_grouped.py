@@ -9,17 +9,17 @@ import torch
 
 from loretta_kernels import TT, Groups, TTShape, frozen, groups, tt_adapter, tt_linear, tt_lora
 from loretta_kernels.operator import _arguments
-from loretta_kernels.selfcheck import check, error, exact_problem, random_problem
+from loretta_kernels.selfcheck import check, exact_problem, random_problem
 
 from .problems import (
     DTYPES,
     OPERATORS,
     TINY_DOWN,
     TINY_UP,
+    assert_as_one_at_a_time,
     assert_equal,
     call_of,
     groupings,
-    of_one_adapter,
     square,
     tiny_problem,
 )
@@ -75,27 +75,12 @@ def test_every_option(residual, activation, dropout_p, biases):
 
 @every_operator
 def test_rows_get_what_their_adapter_alone_gives_them(operator):
+    shapes = square(96, 12, 3)[: 1 if operator == "tt_linear" else 2]
     for index, adapters in groupings(200):
-        problem = grouped(operator, index, adapters, torch.float32)
-        answers = problem.solve()
-        for a in range(adapters):
-            mine = index == a
-            if not mine.any():
-                assert not answers["ddown"][a].any()
-                continue
-            one = of_one_adapter(problem, a)
-            alone = one.solve()
-            for name, answer in alone.items():
-                ours = answers[name][mine if name in ("y", "dx", "dresidual") else a]
-                if name == "dscale":  # one sum, whose terms may cancel
-                    terms = (alone["y"] - one.residual) * one.dy / one.scale
-                    assert (ours - answer).abs() < 1e-6 * terms.abs().sum()
-                else:
-                    assert error(ours, answer) < 1e-6, (name, index)
-        none = index == -1
-        base = problem.residual[none] if isinstance(problem.residual, torch.Tensor) else 0
-        assert (answers["y"][none] == base).all()
-        assert not answers["dx"][none].any()
+        options = {"index": index, "adapters": adapters}
+        check(exact_problem(operator, shapes, len(index), torch.float32, **options))
+        # Where an adapter has one row, a gradient's few terms may cancel: some roundings more than the answer's own.
+        assert_as_one_at_a_time(random_problem(operator, shapes, len(index), torch.float32, **options), 2e-6)
 
 
 def test_a_row_s_dropout_does_not_depend_on_its_group():
