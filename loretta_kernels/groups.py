@@ -25,6 +25,13 @@ class Groups:
     Attributes:
         index: as given to `of`: a copy, on the device of the rows.
         adapters: how many adapters are stacked.
+
+    Example:
+        >>> groups = Groups.of(torch.tensor([2, -1, 0, 2]), adapters=3)
+        >>> shape = TTShape.for_matrix(768, 96, rank=5)
+        >>> stack = TT(torch.randn(3, shape.num_params), shape)
+        >>> tt_linear(torch.randn(4, 10, 768), stack, index=groups).shape
+        torch.Size([4, 10, 96])
     """
 
     index: Tensor
@@ -43,18 +50,19 @@ class Groups:
 
         Raises:
             TypeError, ValueError: another dtype; an adapter below -1, or one that is not in the stack.
-
-        Example:
-            >>> groups = Groups.of(torch.tensor([2, -1, 0, 2]), adapters=3)
-            >>> shape = TTShape.for_matrix(768, 96, rank=5)
-            >>> stack = TT(torch.randn(3, shape.num_params), shape)
-            >>> tt_linear(torch.randn(4, 10, 768), stack, index=groups).shape
-            torch.Size([4, 10, 96])
         """
         check_index(index)
         groups = cls(index.detach().to(device, copy=True), adapters)
         _sorted[groups.index] = None, Sorted(index, adapters)  # nobody else can write to this copy
         return groups
+
+    def to(self, device: torch.device) -> Groups:
+        """The same groups for rows on another device."""
+        if device == self.index.device:
+            return self
+        moved = Groups(self.index.to(device), self.adapters)
+        _sorted[moved.index] = None, sorted_of(self.index, self.adapters)
+        return moved
 
 
 class Run(NamedTuple):
