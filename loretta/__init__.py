@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from .config import LorettaAdpConfig, LorettaRepConfig
     from .convert import convert_upstream
     from .export import export_lora
+    from .grouped import AdapterStack
     from .model import LorettaAdpModel, LorettaRepModel
     from .store import AdapterStore
 
 __all__ = [
+    "AdapterStack",
     "AdapterStore",
     "LorettaAdpConfig",
     "LorettaAdpModel",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 _MODULES = {
     "AdapterStore": "loretta.store",
+    "AdapterStack": "loretta.grouped",
     "LorettaAdpConfig": "loretta.config",
     "LorettaAdpModel": "loretta.model",
     "LorettaRepConfig": "loretta.config",

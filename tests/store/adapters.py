@@ -29,6 +29,9 @@ def variant(folder: Path, of: Path, seed: int) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text((of / "adapter_config.json").read_text())
     generator = torch.Generator().manual_seed(seed)
-    tensors = {key: torch.randn(old.shape, generator=generator) for key, old in load_file(of / WEIGHTS).items()}
+    tensors = load_file(of / WEIGHTS)
+    for key, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensors[key] = tensor + 0.2 * noise if "norm" in key else noise
     save_file(tensors, folder / WEIGHTS)
     return folder
