@@ -277,13 +277,13 @@ class AdapterStore:
                 bad.append(name)
         return bad
 
-    def _row(self, name: str, known: Container[Any] = ()) -> tuple[tuple[str, int], Tensor]:
+    def _row(self, name: str, known: Container[Any] = ()) -> tuple[tuple[str, int, int], Tensor]:
         """What tells an adapter from all others, and its numbers [num_params], or none of them if it is known."""
         index, data = self._index_and_data
         if name not in index.adapters:
             raise KeyError(f"{self.folder}: there is no adapter {name}")
         row, checksum = index.adapters[name]
-        identity = index.data, row
+        identity = index.data, row, checksum
         if identity in known:
             return identity, torch.empty(0)
         numbers = bytearray(self._bytes(data, row))
