@@ -58,7 +58,8 @@ class _Index:
         tensors: the shape of each tensor of an adapter by its name in PEFT's files, in the order of a row.
         data: the file of rows.
         rows: how many rows of that file are written; what is behind them was left by a process that died.
-        adapters: the row and its CRC-32, by name.
+        row_of, checksums: by name; two dicts of numbers, since ten thousand pairs would set off Python's garbage
+            collector, which takes longer than all else.
     """
 
     config: dict[str, Any]
@@ -67,7 +68,8 @@ class _Index:
     tensors: dict[str, list[int]]
     data: str = "rows-0.bin"
     rows: int = 0
-    adapters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    row_of: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -128,13 +130,13 @@ class AdapterStore:
         return cls(folder)
 
     def __len__(self) -> int:
-        return len(self._index.adapters)
+        return len(self._index.row_of)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._index.adapters)
+        return iter(self._index.row_of)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index.adapters
+        return name in self._index.row_of
 
     @property
     def config(self) -> dict[str, Any]:
@@ -237,22 +239,22 @@ class AdapterStore:
         """Add adapters whose tensors are at hand, under the names of PEFT's files; otherwise as ``add``."""
         with self._writing():
             index = self._index
-            known, rows = dict(index.adapters), index.rows
+            row_of, checksums, rows = dict(index.row_of), dict(index.checksums), index.rows
             with open(self.folder / index.data, "r+b" if (self.folder / index.data).exists() else "w+b") as file:
                 file.truncate(rows * self._row_bytes)
                 file.seek(0, os.SEEK_END)
                 for name, tensors in adapters:
                     if not name or not name.isprintable():
                         raise ValueError(f"{name!r}: cannot be the name of an adapter")
-                    if name in known and not (replacing and known[name][0] < index.rows):
+                    if name in row_of and not (replacing and row_of[name] < index.rows):
                         raise ValueError(f"{name}: there is an adapter of that name already")
                     row = self._flat(name, tensors)
                     file.write(row)
-                    known[name] = (rows, zlib.crc32(row))
+                    row_of[name], checksums[name] = rows, zlib.crc32(row)
                     rows += 1
                 file.flush()
                 os.fsync(file.fileno())
-            self._publish(replace(index, rows=rows, adapters=known))
+            self._publish(replace(index, rows=rows, row_of=row_of, checksums=checksums))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove adapters; their place on disk is given back when it is a sixth of the whole.
@@ -265,24 +267,23 @@ class AdapterStore:
         with self._writing():
             if unknown := sorted(names - set(self)):
                 raise ValueError(f"{self.folder}: there is no adapter {', '.join(unknown[:5])}")
-            kept = {name: entry for name, entry in self._index.adapters.items() if name not in names}
-            self._publish(replace(self._index, adapters=kept))
+            kept = {name: row for name, row in self._index.row_of.items() if name not in names}
+            checksums = {name: self._index.checksums[name] for name in kept}
+            self._publish(replace(self._index, row_of=kept, checksums=checksums))
 
     def verify(self) -> list[str]:
         """The names of the adapters whose numbers are not those that were added; all others can be used."""
         index, data = self._index_and_data
-        bad = []
-        for name, (row, checksum) in index.adapters.items():
-            if zlib.crc32(self._bytes(data, row)) != checksum:
-                bad.append(name)
-        return bad
+        return [
+            name for name, row in index.row_of.items() if zlib.crc32(self._bytes(data, row)) != index.checksums[name]
+        ]
 
     def _row(self, name: str, known: Container[Any] = ()) -> tuple[tuple[str, int, int], Tensor]:
         """What tells an adapter from all others, and its numbers [num_params], or none of them if it is known."""
         index, data = self._index_and_data
-        if name not in index.adapters:
+        if name not in index.row_of:
             raise KeyError(f"{self.folder}: there is no adapter {name}")
-        row, checksum = index.adapters[name]
+        row, checksum = index.row_of[name], index.checksums[name]
         identity = index.data, row, checksum
         if identity in known:
             return identity, torch.empty(0)
@@ -359,7 +360,7 @@ class AdapterStore:
     def _publish(self, index: _Index) -> None:
         """Put a new index in the place of the old one; where too many rows are unused, with a new file of rows."""
         old = index.data
-        if index.rows > SPARE * len(index.adapters):
+        if index.rows > SPARE * len(index.row_of):
             index = self._compact(index)
         write_json(self.folder / INDEX, vars(index))
         if index.data != old:
@@ -369,15 +370,15 @@ class AdapterStore:
     def _compact(self, index: _Index) -> _Index:
         """The same adapters in another file, one row each."""
         size, number = self._row_bytes, int(re.findall(r"\d+", index.data)[0]) + 1
-        adapters, name = {}, f"rows-{number}.bin"
-        with open(self.folder / index.data, "rb") as old, open(self.folder / name, "wb") as new:
-            for adapter, (row, checksum) in index.adapters.items():
+        data = f"rows-{number}.bin"
+        with open(self.folder / index.data, "rb") as old, open(self.folder / data, "wb") as new:
+            for row in index.row_of.values():
                 old.seek(row * size)
-                adapters[adapter] = (new.tell() // size, checksum)
                 new.write(old.read(size).ljust(size, b"\0"))  # what is damaged stays so
             new.flush()
             os.fsync(new.fileno())
-        return replace(index, data=name, rows=len(adapters), adapters=adapters)
+        row_of = {name: row for row, name in enumerate(index.row_of)}
+        return replace(index, data=data, rows=len(row_of), row_of=row_of)
 
 
 class Places:
