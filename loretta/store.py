@@ -274,9 +274,8 @@ class AdapterStore:
     def verify(self) -> list[str]:
         """The names of the adapters whose numbers are not those that were added; all others can be used."""
         index, data = self._index_and_data
-        return [
-            name for name, row in index.row_of.items() if zlib.crc32(self._bytes(data, row)) != index.checksums[name]
-        ]
+        found = {name: zlib.crc32(self._bytes(data, row)) for name, row in index.row_of.items()}
+        return [name for name in found if found[name] != index.checksums[name]]
 
     def _row(self, name: str, known: Container[Any] = ()) -> tuple[tuple[str, int, int], Tensor]:
         """What tells an adapter from all others, and its numbers [num_params], or none of them if it is known."""
