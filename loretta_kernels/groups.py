@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loretta_kernels._torch.contraction import Snapshot
 
+_T = TypeVar("_T")
 _sorted = WeakTensorKeyDictionary()
 
 
@@ -146,11 +147,12 @@ class Sorted:
             return None
         return int(self.order[start // each]) * each + start % each
 
-    def made(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def made(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
         """What `make` computes from these groups, once for a key."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        made: _T = self._made[key]
+        return made
 
     def rows(self, each: int, device: torch.device) -> Tensor:
         """The rows in order, `[M · each]` int64, where every element of the index stands for `each` rows."""
@@ -160,6 +162,31 @@ class Sorted:
             return rows.to(device, non_blocking=True)
 
         return self.made(("rows", each, device), make)
+
+    def items(self, each: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows cut into items of one adapter and at most so many rows: what a program of a kernel takes.
+
+        Returns:
+            Items `[items, 5]`: adapter, its rows in order from and to, group, items of that group; the last are those
+            of rows without an adapter, -1. Groups `[groups, 3]`: adapter, first item, items. Both int32.
+        """
+
+        def make() -> tuple[Tensor, Tensor]:
+            items: list[list[int]] = []
+            groups: list[list[int]] = []
+            for group, adapter in enumerate(self.present):
+                start, stop = self.starts[group] * each, self.starts[group + 1] * each
+                count = -(-(stop - start) // most)
+                groups.append([adapter, len(items), count])
+                items += [[adapter, at, min(at + most, stop), group, count] for at in range(start, stop, most)]
+            stop = len(self.order) * each
+            items += [[-1, at, min(at + most, stop), 0, 0] for at in range(self.used * each, stop, most)]
+            of_items, of_groups = (
+                torch.tensor(table, dtype=torch.int32).view(-1, size) for table, size in ((items, 5), (groups, 3))
+            )
+            return of_items.to(device, non_blocking=True), of_groups.to(device, non_blocking=True)
+
+        return self.made(("items", each, most, device), make)
 
     def present_on(self, device: torch.device) -> Tensor:
         """`present` as a tensor."""

@@ -14,7 +14,15 @@ from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kerne
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
 from loretta_kernels._triton.launch import Launch
-from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, rows_of
+from loretta_kernels._triton.operands import (
+    architecture,
+    block_constants,
+    contiguous,
+    grads_like,
+    largest_group,
+    rows_of,
+    shares_of,
+)
 from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Plan, plan_of
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
@@ -26,12 +34,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     rows = rows_of(x, plan.first.size)
     base = x if call.residual_is_x else call.residual
     rows_of_base = None if base is None else rows if base is x else rows_of(base, plan.last.size)
-    N, blocks = len(rows), plan.forward_of(len(rows))
+    N = len(rows)
+    blocks = plan.forward_of(largest_group(call, N))
     y = x.new_empty(*x.shape[:-1], plan.last.size, dtype=call.y_dtype)
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    grid = plan.programs(N, blocks), plan.parts(N, blocks, plan.last)
+    shares = shares_of(call, plan, N, blocks)
+    grid = shares.programs, plan.parts(N, blocks, plan.last)
     launch.execute(
         Launch(
             _forward_kernel,
@@ -43,6 +53,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 "waist_ptr": waist,
                 **_parameters(call),
                 "tables_ptr": waist.new_empty(prod(grid) * plan.table_size),
+                **shares.pointers,
                 "N": N,
                 "stride_xn": rows.stride(0),
                 "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
@@ -64,10 +75,14 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
     grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(call.differentiable, needs, N)
     if N == 0:
         return grads
+    if call.adapter is not None:  # those of adapters without rows
+        for grad in grads[1:]:
+            if grad is not None:
+                grad.zero_()
     if call.up is None:  # of one train, the output side stands where the second train's does
         dup, ddown_bias, dup_bias = ddown, None, ddown_bias
     atomic = not torch.are_deterministic_algorithms_enabled()
-    programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    programs, groups, pointers, of_groups = shares_of(call, plan, N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
     parts = plan.parts(N, blocks, plan.first, plan.last)
     parameters = _parameters(call)
     shared = {
@@ -77,11 +92,16 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "dup_ptr": dup,
         "dup_bias_ptr": dup_bias,
         "dscale_ptr": dscale,
-        "grads_ptr": waist.new_zeros((1 if atomic else programs) * plan.grad_size),
-        "scratch_ptr": waist.new_empty(plan.scratch_size),
+        "grads_ptr": waist.new_zeros((groups if atomic else programs) * plan.grad_size),
+        "scratch_ptr": waist.new_empty(groups * plan.scratch_size),
         "scale": call.scale,
     }
-    constants = {"GRAD_SIZE": plan.grad_size, "DSCALE": plan.dscale, "ARRIVED": plan.arrived}
+    constants = {
+        "GRAD_SIZE": plan.grad_size,
+        "SCRATCH_SIZE": plan.scratch_size,
+        "DSCALE": plan.dscale,
+        "ARRIVED": plan.arrived,
+    }
     products = block_constants(plan, blocks, x.dtype, dy.dtype)
     launch.execute(
         Launch(
@@ -95,6 +115,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
                 "waist_ptr": waist,
                 "dx_ptr": dx,
                 "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+                **pointers,
                 "N": N,
                 "stride_dyn": rows_of_dy.stride(0),
                 "stride_xn": rows.stride(0),
@@ -111,12 +132,17 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
             blocks.stages,
         )
     )
-    if not atomic and any(needs[1:]):
+    if not atomic and any(needs[1:]) and groups:
         launch.execute(
             Launch(
                 _sum_kernel,
-                (sum_blocks(plan.arrived),),
-                {**shared, "sums_ptr": waist.new_zeros(plan.grad_size), "programs": programs},
+                (sum_blocks(plan.arrived), groups),
+                {
+                    **shared,
+                    "sums_ptr": waist.new_zeros(groups * plan.grad_size),
+                    "groups_ptr": of_groups,
+                    "programs": programs,
+                },
                 {**constants, **plan.named_sides, "PRECISION": products["PRECISION"]},
                 blocks.warps,
                 1,
@@ -134,7 +160,7 @@ def _parameters(call: Call) -> dict[str, Tensor | None]:
         "down_bias_ptr": None if call.up is None else down_bias,
         "up_ptr": up,
         "up_bias_ptr": up_bias,
-        "learnt_scale_ptr": call.learnt_scale,
+        "learnt_scale_ptr": contiguous(call.learnt_scale),
         "seed_ptr": call.seed,
     }
 
