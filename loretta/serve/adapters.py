@@ -12,6 +12,7 @@ from torch import nn
 
 from loretta import AdapterStack, AdapterStore, get_peft_model
 from loretta.store import Damaged
+from loretta_kernels import frozen
 
 
 class StoreModel:
@@ -33,7 +34,10 @@ class StoreModel:
             warnings.simplefilter("ignore")  # of the base's name, which may be another path to the same model
             self.model = get_peft_model(base, config).eval()
         self._places = store.places(places, self.model.device)
-        self._stack = AdapterStack(self.model, self._places.tensors)
+        try:
+            self._stack = AdapterStack(self.model, self._places.tensors)
+        except ValueError as error:
+            raise ValueError(f"the store's adapters do not fit this model: {error}") from error
         self._of: dict[str | None, int] = {}
 
     def fetch(self, names: Iterable[str | None]) -> dict[str | None, Exception]:
@@ -57,5 +61,5 @@ class StoreModel:
 
     def generate(self, names: Sequence[str | None], **options: Any) -> Any:
         """`generate` of transformers, each row with the adapter of that name, which was fetched, or None."""
-        with self._stack.serving(torch.tensor([self._of[name] for name in names])):
+        with self._stack.serving(torch.tensor([self._of[name] for name in names])), frozen():
             return self.model.generate(**options)

@@ -27,8 +27,9 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 # What is not done is refused, unless it is asked for in a way that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none",),
-    "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False), "modalities": (["text"],),
+    "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
+    "tool_choice": ("none",), "response_format": ({"type": "text"},),
+    "parallel_tool_calls": (True, False), "modalities": (["text"],),
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ class _Asked(BaseModel):
     @model_validator(mode="after")
     def _nothing_else(self) -> _Asked:
         for name, value in (self.model_extra or {}).items():
-            if name not in IGNORED and value not in NEUTRAL.get(name, ()):
+            same = [value == neutral and type(value) is type(neutral) for neutral in NEUTRAL.get(name, ())]
+            if name not in IGNORED and not any(same):
                 raise ValueError(f"{name}: {'this value is' if name in NEUTRAL else 'is'} not supported")
         return self
 
@@ -139,15 +141,18 @@ def make_app(batcher: Batcher, base_name: str) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _Refused(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None).response()
 
-    def names() -> list[str]:
-        """The base model's and those of the store, as it is now."""
+    def refresh() -> None:
         with suppress(OSError, ValueError):  # without a newer index the one at hand serves on
             store.refresh()
-        return list(dict.fromkeys([base_name, *store]))
+
+    def names() -> list[str]:
+        return [base_name, *(name for name in store if name != base_name)]
 
     def check(name: str) -> None:
-        """Raise unless there is such a model."""
-        if name not in (found := names()):
+        """Raise unless there is such a model now."""
+        refresh()
+        if name != base_name and name not in store:
+            found = names()
             rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
             message = f"there is no model {name[:200]!r}; there are {', '.join(found[:NAMED])}{rest}"
             raise _Refused(404, message, "model_not_found", "model")
@@ -163,6 +168,7 @@ def make_app(batcher: Batcher, base_name: str) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
+        refresh()
         return JSONResponse({"object": "list", "data": [described(name) for name in names()]})
 
     @app.get("/v1/models/{name:path}")

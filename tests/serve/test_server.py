@@ -172,7 +172,7 @@ MALFORMED: dict[str, tuple[str, Any]] = {
     "empty-stop": ("completions", GOOD | {"stop": ""}),
     "stops": ("completions", GOOD | {"stop": ["a"] * 5}),
     "two-answers": ("completions", GOOD | {"n": 2}),
-    "log-probabilities": ("completions", GOOD | {"logprobs": 3}),
+    "log-probabilities": ("completions", GOOD | {"logprobs": 0}),
     "unknown-field": ("completions", GOOD | {"beams": 4}),
     "stream-is-a-text": ("completions", GOOD | {"stream": "perhaps"}),
     "no-messages": ("chat/completions", CHAT | {"messages": []}),
