@@ -70,7 +70,7 @@ test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrice
 	$(BIN)/python tests/peft_suite/run.py
 
 docs: $(DEVELOP) ## write pages on the API, from docstrings, to site
-	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory site loretta '!loretta.cli' \
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory site loretta '!loretta.cli' '!loretta.serve' \
 		loretta_kernels loretta_kernels.nn '!loretta_kernels.explain'
 
 # The released implementation, GPL-3, in a folder of its own: only the benchmarks load it, under another name.

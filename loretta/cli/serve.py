@@ -9,7 +9,7 @@ from loretta.cli.models import load_base, load_tokenizer
 from loretta.cli.report import UserError, log, need, refusing
 from loretta.store import AdapterStore
 
-PLACES = 256  # adapters that stay on the device
+PLACES = 64  # adapters that stay on the device
 
 
 def run(args: argparse.Namespace) -> None:

@@ -45,13 +45,13 @@ def _add(path: Path, items: list[str], replacing: bool) -> AdapterStore:
         names = [name for name, _ in named]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two adapters would be called {twice}; give NAME=FOLDER")
-    made = not path.exists()
+    made = not (path / INDEX).exists()
+    store = AdapterStore.create(path, named[0][1]) if made else AdapterStore(path)
     try:
-        store = AdapterStore(path) if (path / INDEX).exists() else AdapterStore.create(path, named[0][1])
         store.add(folders, replacing)
     except Exception:
         if made:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
         raise
     return store
 
