@@ -94,8 +94,9 @@ class Job:
         if text.endswith("\ufffd") and not is_last:
             return ""
         new = text[len(decode(self._window[: self._shown])) :]
-        del self._window[: self._shown]
-        self._shown = len(self._window)
+        if new:  # a window of special tokens alone would begin a text, whose first blank some tokenizers leave out
+            del self._window[: self._shown]
+            self._shown = len(self._window)
         return new
 
 

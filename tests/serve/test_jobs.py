@@ -46,6 +46,15 @@ def test_nothing_of_a_stop_is_emitted() -> None:
     assert pieces(b"a then", stop=["then", "he"]) == [("a", None), (" ", None), ("t", "stop")]
 
 
+def test_blanks_between_words_stay_where_a_text_has_none_before_its_first() -> None:
+    words = ["", " the", " cat", " sat"]  # the first is a special token
+    found: list[tuple[str, object]] = []
+    job = Job([1], None, 6, found.append)
+    for token in (1, 0, 2, 0, 0, 3):
+        job.push(token, False, lambda tokens: "".join(words[token] for token in tokens).removeprefix(" "))
+    assert "".join(piece for piece, _ in found) == "the cat sat"
+
+
 def test_a_job_of_one_token_ends_with_it() -> None:
     assert pieces(b"a") == [("a", "length")]
     assert pieces(b"", ends=True) == [("", "stop")]
