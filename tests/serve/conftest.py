@@ -19,17 +19,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loretta import AdapterStore
+from loretta.serve.adapters import StoreModel
+from loretta.serve.batching import Batcher
 from tests.cli.conftest import CHAT_TEMPLATE
 from tests.store.adapters import save_adapter, variant
 from tests.tiny_models import VOCABULARY, tiny_model
-
-httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
-
-from loretta.serve.adapters import StoreModel  # noqa: E402
-from loretta.serve.app import make_app  # noqa: E402
-from loretta.serve.batching import Batcher  # noqa: E402
 
 NAMES = [f"adapter-{number}" for number in range(20)]
 
@@ -71,6 +65,8 @@ class Running:
 
     def post(self, path: str = "completions", **body: Any) -> Any:
         """One request; "base" and no randomness unless the body says otherwise."""
+        import httpx
+
         return httpx.post(f"{self.url}/v1/{path}", json={"model": "base", "temperature": 0} | body, timeout=60)
 
     def idle(self) -> bool:
@@ -85,6 +81,10 @@ class Running:
 @pytest.fixture
 def serve(tmp_path: Path, folders: dict[str, Path]) -> Iterator[Callable[..., Running]]:
     """Starts a server with all adapters; options are the batcher's."""
+    import uvicorn
+
+    from loretta.serve.app import make_app
+
     started: list[tuple[Any, threading.Thread]] = []
 
     def start(**options: Any) -> Running:

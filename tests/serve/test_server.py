@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import NAMES, httpx
+from tests.serve.conftest import NAMES
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 

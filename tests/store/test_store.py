@@ -15,6 +15,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from loretta import AdapterStore, get_peft_model
+from loretta import store as store_module
 from loretta.store import Damaged
 from tests.store.adapters import WEIGHTS, save_adapter, variant
 from tests.tiny_models import tiny_model
@@ -186,7 +187,8 @@ def test_makes_no_store_where_something_else_is(tmp_path, folders) -> None:
 
 def test_the_order_of_names_and_the_dropout_in_a_configuration_do_not_count(store, folders, tmp_path) -> None:
     variant(tmp_path / "g", folders["g"], 6)
-    configured(target_modules=["v_proj", "q_proj"], lora_dropout=0.5, peft_version="9")(tmp_path / "g")
+    names = json.loads((folders["a"] / "adapter_config.json").read_text())["target_modules"]
+    configured(target_modules=names[::-1], lora_dropout=0.5, peft_version="9")(tmp_path / "g")
     store.add({"g": tmp_path / "g"})
     assert "g" in store
 
@@ -361,6 +363,22 @@ def test_readers_see_whole_adapters_while_one_process_writes(store) -> None:
         seen = reader.communicate(timeout=60)[0]
         assert reader.returncode == 0
         assert int(seen) > 5
+
+
+@pytest.mark.parametrize("names", ["abcd", "a"])
+def test_a_reader_that_a_writer_overtakes_reads_again(names, store, folders, monkeypatch) -> None:
+    writer, mapped = AdapterStore(store.folder), store_module._mapped
+
+    def overtaken(file: Path) -> object:
+        monkeypatch.setattr(store_module, "_mapped", mapped)
+        writer.remove(names)  # of four the file of rows is another one then
+        writer.add({"h": folders["h"]})
+        return mapped(file)
+
+    monkeypatch.setattr(store_module, "_mapped", overtaken)
+    reader = AdapterStore(store.folder)
+    assert "h" in reader
+    assert reader.verify() == []
 
 
 def test_a_broken_index_is_named(store) -> None:
