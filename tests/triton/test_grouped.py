@@ -25,7 +25,11 @@ from loretta_kernels._triton.planned import planned
 
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 one_architecture = pytest.mark.parametrize("executor", ["sm_90"], indirect=True)
-SCHEDULES = 3
+SCHEDULES = 3  # the executor draws another one for each test
+every_schedule = pytest.mark.parametrize(
+    "schedule",
+    [*range(SCHEDULES), *(pytest.param(SCHEDULES + each, marks=pytest.mark.slow) for each in range(SCHEDULES))],
+)
 SHAPES = TINY_DOWN, TTShape((2, 2), (4, 3), (2, 3, 2))
 INDEX = torch.tensor([2, -1, 0, 2, 2, 0, -1])
 
@@ -35,11 +39,11 @@ def shapes_of(operator):
 
 
 def some_groupings(schedule):
-    """Of 200 groupings a share for each schedule; all of them in the slow tests."""
-    return list(groupings(200))[schedule::SCHEDULES]
+    """Of 200 groupings a share for each schedule; all of them, in as many schedules, in the slow tests."""
+    return list(groupings(200))[schedule::SCHEDULES] if schedule < SCHEDULES else list(groupings(200))
 
 
-@pytest.mark.parametrize("schedule", range(SCHEDULES))
+@every_schedule
 @every_operator
 def test_rows_get_what_their_adapter_alone_gives_them(operator, schedule):
     for number, (index, adapters) in enumerate(some_groupings(schedule)):
@@ -52,7 +56,7 @@ def test_rows_get_what_their_adapter_alone_gives_them(operator, schedule):
                 assert_as_one_at_a_time(problem, 2e-6)
 
 
-@pytest.mark.parametrize("schedule", range(SCHEDULES))
+@every_schedule
 @every_operator
 def test_sixteen_bits_within_the_judge(operator, schedule):
     for index, adapters in some_groupings(schedule)[::6]:
