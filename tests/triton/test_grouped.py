@@ -15,6 +15,7 @@ from tests.kernels.problems import (
     assert_as_one_at_a_time,
     assert_equal,
     groupings,
+    one_at_a_time,
     square,
 )
 from tests.kernels.test_operators import Compiled
@@ -160,3 +161,14 @@ def test_is_planned_alike_without_tensors(operator):
         for name, value in expected.args.items():
             if isinstance(value, torch.Tensor):
                 assert (record.args[name].shape, record.args[name].dtype) == (value.shape, value.dtype), name
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@every_operator
+@one_architecture
+def test_the_bits_of_y_are_those_of_a_call_for_each_adapter(operator, rows):
+    problem = grouped(operator, 5 * rows, torch.arange(5 * rows) % 4 - 1, 3, torch.bfloat16)
+    with backend("triton"):
+        ours, alone = problem.solve(), one_at_a_time(problem)
+    assert torch.equal(ours["y"], alone["y"])
+    assert torch.equal(ours["dx"], alone["dx"])
