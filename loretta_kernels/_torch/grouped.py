@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -77,30 +78,46 @@ class _Block:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist s `[N, K]`; of rows without an adapter the residual, and 0."""
+    waist = call.x.new_zeros(prod(call.x.shape[:-1]), call.down_shape.waist, dtype=call.sum_dtype)
+    return _y(call, waist), waist
+
+
+def infer(call: Call) -> Tensor:
+    """y alone, for a call without gradients."""
+    return _y(call, None)
+
+
+def _y(call: Call, waist: Tensor | None) -> Tensor:
+    """y; the waist is written where there is one."""
     known, x, dtype = _sorted(call), _rows_of(call.x), call.sum_dtype
     base = x if call.residual_is_x else None if call.residual is None else _rows_of(call.residual)
     y = x.new_empty(*call.x.shape[:-1], call.out_features, dtype=call.y_dtype)  # no view, as in `adapter`
     rows_of_y = y.view(-1, call.out_features)
-    waist = x.new_zeros(len(x), call.down_shape.waist, dtype=dtype)
-    parameters = _parameters(call, known) if known.present else None
-    for block in _blocks(call, known):
-        assert parameters is not None
-        mine = block.of(x)
-        s = _product_with_t(_dropped(call, block, mine), parameters.down.Lt[block.groups])
-        block.put(waist, s)
-        _, a = _hidden(call, parameters, block, s)
-        z, R = a @ parameters.M[block.groups], parameters.last.R[block.groups]
-        if base is None or base.dtype is not dtype:
-            out = z @ R
-            if base is not None:
-                out += mine if base is x else block.of(base)
-        else:
-            out = torch.baddbmm(mine if base is x else block.of(base), z, R)
-        if parameters.bias is not None:
-            out += parameters.bias[block.groups, None]
-        block.put(rows_of_y, out)
     _put_rest(rows_of_y, known, call, base)
-    return y, waist
+    if not known.present:
+        return y
+    p = _parameters(call, known)
+    folded = waist is None and not has_hidden(call)  # one product fewer, for parameters that stay the same
+    M, R = (None, p.last.derived("M · R", (p.M,), lambda: p.M @ p.last.R)) if folded else (p.M, p.last.R)
+    for block in _blocks(call, known):
+        mine, groups = block.of(x), block.groups
+        s = _product_with_t(_dropped(call, block, mine), p.down.Lt[groups])
+        if waist is not None:
+            block.put(waist, s)
+        _, a = _hidden(call, p, block, s)
+        z = a if M is None else a @ M[groups]
+        own = mine if base is x else None if base is None else block.of(base)
+        if own is not None and own.dtype is dtype:
+            gathered = isinstance(block.rows, Tensor)  # else it is a view
+            out = own.baddbmm_(z, R[groups]) if gathered else torch.baddbmm(own, z, R[groups])
+        else:
+            out = z @ R[groups]
+            if own is not None:
+                out += own
+        if p.bias is not None:
+            out += p.bias[groups, None]
+        block.put(rows_of_y, out)
+    return y
 
 
 def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -260,10 +277,11 @@ def _parameters(call: Call, known: Sorted) -> _Parameters:
         U = torch.eye(K, dtype=dtype, device=present.device).expand(len(present), K, K)
     else:
         last = contract_stack(call.up, present, call.up_shape, dtype)
-        U = last.L if has_hidden(call) else down.R @ last.L
+        U = last.L if has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
     if bias is not None:
         bias = bias * (scale[:, 0] if isinstance(scale, Tensor) else scale)
-    return _Parameters(down, last, hidden_bias, bias, scale, U, U * scale)
+    M = last.derived("M", (U, scale), lambda: U * scale)
+    return _Parameters(down, last, hidden_bias, bias, scale, U, M)
 
 
 def _hidden(call: Call, parameters: _Parameters, block: _Block, s: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -40,7 +40,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    shares = shares_of(call, plan, N, blocks)
+    shares = shares_of(call, plan, N, blocks, MAX_PROGRAMS)
     grid = shares.programs, plan.parts(N, blocks, plan.last)
     launch.execute(
         Launch(
