@@ -8,99 +8,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 from loretta.serve.batching import Batcher, Job, Overloaded, Piece
+from loretta.serve.requests import Asked, Chat, Completion
 from loretta.store import Damaged
 
 NAMED = 20  # names that a 404 lists
 MOST_BYTES = 2**22  # of a body
 FAILED = "the server failed on this request"
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# What is not done is refused, unless it is asked for in a way that changes nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
-    "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
-    "tool_choice": ("none",), "response_format": ({"type": "text"},),
-    "parallel_tool_calls": (True, False), "modalities": (["text"],),
-}  # fmt: skip
-
-
-def _is_text(given: str) -> str:
-    """The same; a ValueError where it has half of a surrogate pair, which JSON can write and nothing can encode."""
-    given.encode()
-    return given
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-Stop = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
-
-
-class _StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class _Asked(BaseModel):
-    """What both kinds of request share."""
-
-    model_config = ConfigDict(extra="allow")
-    model: Text
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Stop], Field(max_length=4)] = []
-    stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
-
-    @model_validator(mode="after")
-    def _nothing_else(self) -> _Asked:
-        for name, value in (self.model_extra or {}).items():
-            same = [value == neutral and type(value) is type(neutral) for neutral in NEUTRAL.get(name, ())]
-            if name not in IGNORED and not any(same):
-                raise ValueError(f"{name}: {'this value is' if name in NEUTRAL else 'is'} not supported")
-        return self
-
-
-class _Completion(_Asked):
-    prompt: Text
-
-
-class _Text(BaseModel):
-    type: Literal["text"]
-    text: Text
-
-
-class _Message(BaseModel):
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[_Text]
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": parts}
-
-
-class _Chat(_Asked):
-    messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
 
 
 class _Refused(Exception):
@@ -177,7 +99,7 @@ def make_app(batcher: Batcher, base_name: str) -> FastAPI:
         return JSONResponse(described(name))
 
     @app.post("/v1/completions")
-    async def completions(asked: _Completion, request: Request) -> Response:
+    async def completions(asked: Completion, request: Request) -> Response:
         check(asked.model)
         ids = tokenizer(asked.prompt)["input_ids"]
         if not ids and tokenizer.bos_token_id is not None:
@@ -185,7 +107,7 @@ def make_app(batcher: Batcher, base_name: str) -> FastAPI:
         return await answer(request, asked, ids, asked.max_tokens or 16, is_chat=False)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: _Chat, request: Request) -> Response:
+    async def chat(asked: Chat, request: Request) -> Response:
         check(asked.model)
         if not tokenizer.chat_template:
             raise _Refused(400, "this model has no chat template; ask for /v1/completions")
@@ -197,7 +119,7 @@ def make_app(batcher: Batcher, base_name: str) -> FastAPI:
         most = asked.max_completion_tokens or asked.max_tokens or max(1, batcher.context - len(ids))
         return await answer(request, asked, ids, most, is_chat=True)
 
-    async def answer(request: Request, asked: _Asked, ids: list[int], most: int, is_chat: bool) -> Response:
+    async def answer(request: Request, asked: Asked, ids: list[int], most: int, is_chat: bool) -> Response:
         if not ids:
             raise _Refused(400, "the prompt is empty", param="prompt")
         if len(ids) + most > batcher.context:

@@ -15,8 +15,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from loretta import AdapterStore, get_peft_model
-from loretta import store as store_module
 from loretta.store import Damaged
+from loretta.store import store as store_module
 from tests.store.adapters import WEIGHTS, save_adapter, variant
 from tests.tiny_models import tiny_model
 
@@ -84,6 +84,13 @@ def test_stacks_in_the_order_of_the_names(kind, tmp_path) -> None:
         for key, tensor in stacked.items():
             assert tensor.is_contiguous()
             assert torch.equal(tensor, torch.stack([tensors[name][key] for name in "bab"]).to(dtype or torch.float32))
+
+
+def test_a_stack_and_places_are_of_at_least_one(store) -> None:
+    with pytest.raises(ValueError, match="no names"):
+        store.stack([])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        store.places(0)
 
 
 def rewritten(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -303,7 +310,7 @@ def adapters():
         die()
 
 if moment == "before-the-index":
-    import loretta.store as module
+    import loretta.store.store as module
     module.write_json = die
 elif moment == "amid-the-index":
     os.replace = die
@@ -367,15 +374,15 @@ def test_readers_see_whole_adapters_while_one_process_writes(store) -> None:
 
 @pytest.mark.parametrize("names", ["abcd", "a"])
 def test_a_reader_that_a_writer_overtakes_reads_again(names, store, folders, monkeypatch) -> None:
-    writer, mapped = AdapterStore(store.folder), store_module._mapped
+    writer, mapped = AdapterStore(store.folder), store_module.mapped
 
     def overtaken(file: Path) -> object:
-        monkeypatch.setattr(store_module, "_mapped", mapped)
+        monkeypatch.setattr(store_module, "mapped", mapped)
         writer.remove(names)  # of four the file of rows is another one then
         writer.add({"h": folders["h"]})
         return mapped(file)
 
-    monkeypatch.setattr(store_module, "_mapped", overtaken)
+    monkeypatch.setattr(store_module, "mapped", overtaken)
     reader = AdapterStore(store.folder)
     assert "h" in reader
     assert reader.verify() == []

@@ -1,76 +1,29 @@
-"""Many adapters of one configuration in one folder: appended to one file of numbers, found by an index.
-
-    index.json    what all adapters share, and of each its row and checksum; replaced in whole, by renaming
-    rows-N.bin    one row of numbers an adapter, memory-mapped; N grows when removed rows are left out
-    lock          held by the one process that writes
-
-A row is all tensors of an adapter, one after another, in the order of their names. So one more adapter is one write at
-the end of a file, one read fetches it, and where rows are damaged or cut off the others can be read. A safetensors file
-allows neither: its header comes first and has all sizes.
-"""
+"""Opening, reading and writing a store."""
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .cli.output import RECORD, write_json
+from loretta.cli.output import write_json
 
-INDEX = "index.json"
-FORMAT = 1
+from .entry import FREE, read_adapter
+from .index import INDEX, Damaged, Index, mapped, read_index
+from .places import Places
+
 SPARE = 1.2  # a file of rows is written anew when it has more than this many rows for each adapter
-TRAIN = re.compile(r".+\.loretta_(rep|adp)_\w+\.(cores|bias|value)")
-# Fields of a configuration that change nothing once the adapter is trained.
-FREE = {
-    "peft_version", "auto_mapping", "inference_mode", "init_weights", "lora_dropout", "adapter_dropout",
-    "merge_weights", "train_layernorm", "tensorize_head",
-}  # fmt: skip
-
-
-class Damaged(ValueError):
-    """The numbers of an adapter are not those that were added."""
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What index.json holds.
-
-    Attributes:
-        config: of PEFT, that all adapters share, with the base model's name.
-        source: of the base: its GGUF file, and the dtype and the quantisation with which the first adapter was trained.
-        dtype: of all numbers.
-        tensors: the shape of each tensor of an adapter by its name in PEFT's files, in the order of a row.
-        data: the file of rows.
-        rows: how many rows of that file are written; what is behind them was left by a process that died.
-        row_of, checksums: by name; two dicts of numbers, since ten thousand pairs would set off Python's garbage
-            collector, which takes longer than all else.
-    """
-
-    config: dict[str, Any]
-    source: dict[str, Any]
-    dtype: str
-    tensors: dict[str, list[int]]
-    data: str = "rows-0.bin"
-    rows: int = 0
-    row_of: dict[str, int] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
-    format: int = FORMAT
 
 
 class AdapterStore:
@@ -117,7 +70,7 @@ class AdapterStore:
             OSError: the adapter cannot be read, or the store not be written.
         """
         folder = Path(folder)
-        config, source, tensors = _read_adapter(Path(like))
+        config, source, tensors = read_adapter(Path(like))
         dtype = next(iter(tensors.values())).dtype
         if not dtype.is_floating_point:
             raise ValueError(f"{like}: has numbers of {dtype}, expected a floating-point dtype")
@@ -125,7 +78,7 @@ class AdapterStore:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder}: is in use; choose another folder for the store")
         folder.mkdir(parents=True, exist_ok=True)
-        index = _Index(config, source, str(dtype).removeprefix("torch."), shapes)
+        index = Index(config, source, str(dtype).removeprefix("torch."), shapes)
         write_json(folder / INDEX, vars(index))
         return cls(folder)
 
@@ -169,7 +122,7 @@ class AdapterStore:
         return len(self) * self._row_bytes
 
     @property
-    def _index(self) -> _Index:
+    def _index(self) -> Index:
         return self._index_and_data[0]
 
     @property
@@ -184,8 +137,8 @@ class AdapterStore:
         """
         stamp = self._now()
         while stamp != self._stamp:
-            index = _read_index(self.folder / INDEX)
-            data, read = _mapped(self.folder / index.data), stamp
+            index = read_index(self.folder / INDEX)
+            data, read = mapped(self.folder / index.data), stamp
             if (stamp := self._now()) == read:  # else a writer has just put others in their place
                 self._index_and_data, self._stamp = (index, data), read
 
@@ -213,7 +166,10 @@ class AdapterStore:
 
         Raises:
             KeyError, Damaged: as ``load``.
+            ValueError: there are no names.
         """
+        if not names:
+            raise ValueError("no names of adapters were given")
         rows = torch.stack([self._row(name)[1] for name in names]).to(device, dtype)
         return {key: part.contiguous() for key, part in zip(self._index.tensors, self._split(rows), strict=True)}
 
@@ -314,7 +270,7 @@ class AdapterStore:
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors of a folder whose configuration and base model are the store's."""
-        config, source, tensors = _read_adapter(folder)
+        config, source, tensors = read_adapter(folder)
         mine = self._index.config | {"gguf": self._index.source["gguf"]}
         given = config | {"gguf": source["gguf"]}
         for name in sorted((mine.keys() | given.keys()) - FREE):
@@ -356,7 +312,7 @@ class AdapterStore:
         finally:
             lock.release()
 
-    def _publish(self, index: _Index) -> None:
+    def _publish(self, index: Index) -> None:
         """Put a new index in the place of the old one; where too many rows are unused, with a new file of rows."""
         old = index.data
         if index.rows > SPARE * len(index.row_of):
@@ -366,7 +322,7 @@ class AdapterStore:
             (self.folder / old).unlink()
         self.refresh()
 
-    def _compact(self, index: _Index) -> _Index:
+    def _compact(self, index: Index) -> Index:
         """The same adapters in another file, one row each."""
         size, number = self._row_bytes, int(re.findall(r"\d+", index.data)[0]) + 1
         data = f"rows-{number}.bin"
@@ -378,104 +334,3 @@ class AdapterStore:
             os.fsync(new.fileno())
         row_of = {name: row for row, name in enumerate(index.row_of)}
         return replace(index, data=data, rows=len(row_of), row_of=row_of)
-
-
-class Places:
-    """Room for some adapters of a store on a device: those that were asked for last. Made by ``AdapterStore.places``.
-
-    One thread at a time may use it.
-
-    Attributes:
-        tensors: stacked, as ``AdapterStack`` takes them; of a place that was never filled zeros.
-    """
-
-    def __init__(self, store: AdapterStore, count: int, device: torch.device | str, dtype: torch.dtype) -> None:
-        self._store = store
-        shapes = store.shapes.items()
-        self.tensors = {key: torch.zeros(count, *shape, device=device, dtype=dtype) for key, shape in shapes}
-        self._device = device
-        self._of: OrderedDict[Any, int] = OrderedDict((place, place) for place in range(count))  # last used last
-
-    def fetch(self, name: str) -> int:
-        """The place of an adapter, where it stays until as many others as there are places were asked for.
-
-        Raises:
-            KeyError, Damaged: as ``AdapterStore.load``.
-        """
-        identity, numbers = self._store._row(name, self._of)
-        if identity not in self._of:
-            _, place = self._of.popitem(last=False)
-            parts = self._store._split(numbers.to(self._device))  # one copy to the device
-            torch._foreach_copy_([stacked[place] for stacked in self.tensors.values()], parts)
-            self._of[identity] = place
-        self._of.move_to_end(identity)
-        return self._of[identity]
-
-
-def _mapped(file: Path) -> mmap.mmap | bytes:
-    """The bytes of a file, mapped; no bytes where it is empty or missing, so that every row reads as damaged."""
-    try:
-        with open(file, "rb") as opened:
-            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, ValueError):
-        return b""
-
-
-def _read_index(file: Path) -> _Index:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version of loretta reads {FORMAT}")
-        return _Index(**content)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as the index of an adapter store: {error}") from error
-
-
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """An adapter that a store can hold: its configuration, what is recorded of its base, its tensors."""
-    file = folder / "adapter_model.safetensors"
-    for needed in (folder / "adapter_config.json", file):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{folder}: no adapter there (no {needed.name})")
-    config = _read_object(folder / "adapter_config.json")
-    record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
-    method = config.get("peft_type")
-    if method not in ("LORETTA_ADP", "LORETTA_REP"):
-        raise ValueError(f"{folder}: a store takes LoRETTA adapters, not {method!r}")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: holds biases of the base (bias={config['bias']!r}), which a store does not serve")
-    if config.get("tensorized") is False:
-        raise ValueError(f"{folder}: its projections are dense (tensorized=False), a store takes tensor trains")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
-    if not tensors:
-        raise ValueError(f"{file}: is empty")
-    if strange := [key for key, tensor in tensors.items() if tensor.dim() > 1 or not _is_known(key, config)]:
-        raise ValueError(f"{file}: holds {strange[0]}; a store takes tensor trains and trained norms, nothing else")
-    config = {name: _as_set(value) for name, value in config.items()}
-    return config, {name: record.get(name) for name in ("gguf", "dtype", "quant")}, tensors
-
-
-def _is_known(key: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor is of a train, or of a module that the configuration says is trained whole."""
-    module = key.rpartition(".")[0]
-    return bool(TRAIN.fullmatch(key)) or any(
-        module.endswith(f".{name}") for name in config.get("modules_to_save") or ()
-    )
-
-
-def _as_set(value: Any) -> Any:
-    """A list of names in one order: PEFT writes sets in any."""
-    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: must be a JSON object, not {type(content).__name__}")
-    return content
