@@ -84,7 +84,8 @@ class Job:
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
             self._generator.seed() if self.seed is None else self._generator.manual_seed(self.seed)
-        probabilities, tokens = torch.softmax(scores.float() / self.temperature, -1).sort(descending=True, stable=True)
+        scaled = (scores - scores.max()).double() / self.temperature  # which may be as small as a float can be
+        probabilities, tokens = torch.softmax(scaled, -1).sort(descending=True, stable=True)
         kept = probabilities.cumsum(-1) - probabilities < self.top_p
         return int(tokens[torch.multinomial(probabilities * kept, 1, generator=self._generator)])
 

@@ -355,7 +355,8 @@ def test_drawn_answers_follow_their_seed_and_their_probabilities(serve) -> None:
     assert len(set(texts(*range(12)))) == 12
     assert len(set(texts(*[None] * 12))) == 12
     likeliest = server.post(**body | {"temperature": 0}).json()["choices"][0]["text"]
-    assert set(texts(*range(6), top_p=1e-6)) == {likeliest}
+    for least in ({"top_p": 1e-6}, {"top_p": 1e-320}, {"temperature": 1e-300}):
+        assert set(texts(-(2**63), 0, 2**63 - 1, **least)) == {likeliest}
 
 
 def test_an_answer_ends_before_a_stop(serve, talker) -> None:
