@@ -43,7 +43,7 @@ def tt_linear(x: Tensor, train: TT) -> Tensor:
     """
     check_train("train", train)
     check_x(x, train.shape)
-    _check_devices({"x": x, "cores": train.cores, "bias": train.bias})
+    _check_devices(x, {"train": train})
     return apply(Call(cast(x), train.cores, train.bias, None, None, None, None, None, train.shape, None))
 
 
@@ -179,10 +179,8 @@ def _adapter(
     seed: int | Tensor | None,
 ) -> Tensor:
     """What `tt_adapter` and `tt_lora` share: the checks and the call."""
-    tensors: dict[str, Tensor | None] = {"x": x}
     for name, train in trains.items():
         check_train(name, train)
-        tensors |= {f"cores of {name}": train.cores, f"bias of {name}": train.bias}
     down, up = trains.values()
     check_x(x, down.shape)
     if down.shape.out_features != up.shape.in_features:
@@ -203,7 +201,7 @@ def _adapter(
             raise ValueError(f"scale must be a number or a one-element tensor, got {list(scale.shape)}")
         learnt_scale, scale = scale.to(x.device), 1.0
     residual_is_x = residual is x
-    _check_devices(tensors | {"residual": residual})
+    _check_devices(x, trains, residual)
     x, residual = cast(x), None if residual_is_x else residual
     drawn = _seed(seed, x.device) if dropout_p else None
     operands = down.cores, down.bias, up.cores, up.bias, learnt_scale, drawn, residual
@@ -244,12 +242,21 @@ def _check_dtype(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
 
 
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+def _check_devices(x: Tensor, trains: dict[str, TT], residual: Tensor | None = None) -> None:
     """Raise unless all tensors are on one device."""
-    device = tensors["x"].device  # type: ignore[union-attr]
-    if any(t is not None and t.device != device for t in tensors.values()):
-        found = ", ".join(f"{name} is on {t.device}" for name, t in tensors.items() if t is not None)
-        raise RuntimeError(f"all tensors must be on one device, but {found}")
+    device = x.device
+    for train in trains.values():
+        if train.cores.device != device or (train.bias is not None and train.bias.device != device):
+            break
+    else:
+        if residual is None or residual is x or residual.device == device:
+            return
+    named: dict[str, Tensor | None] = {"x": x}
+    for name, train in trains.items():
+        named |= {f"cores of {name}": train.cores, f"bias of {name}": train.bias}
+    named["residual"] = residual
+    found = ", ".join(f"{name} is on {t.device}" for name, t in named.items() if t is not None)
+    raise RuntimeError(f"all tensors must be on one device, but {found}")
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -13,16 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
-from loretta_kernels._triton.plan import Blocks, Plan
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DEFAULT_ARCHITECTURE = os.environ.get(PTX_VARIABLE) or "sm_90"
 
 
-def rows_of(x: Tensor, features: int) -> Tensor:
-    """x as `[N, features]` whose features lie side by side: a view where it can be one."""
+def rows_of(x: Tensor, features: int) -> tuple[Tensor, int]:
+    """A tensor that holds the rows of x, features side by side, and the stride between them: x itself where it can be.
+
+    Any shape will do for the kernels, which take its address.
+    """
+    if x.is_contiguous():
+        return x, features
     rows = x.reshape(-1, features)
-    return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
@@ -37,18 +42,6 @@ def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) 
         new(t, memory_format=torch.contiguous_format) if t is not None and need else None
         for t, need in zip(tensors, needs, strict=True)
     )
-
-
-def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
-    """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
-    dtype = x_dtype if x_dtype is y_dtype else torch.float32
-    exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {
-        "BLOCK_N": blocks.n,
-        "BLOCK_C": blocks.c,
-        "DTYPE": _DTYPES[dtype],
-        "PRECISION": plan.precision(exact),
-    }
 
 
 @contextmanager
