@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from .config import LorettaAdpConfig, LorettaRepConfig
     from .convert import convert_upstream
     from .export import export_lora
+    from .grouped import AdapterStack
     from .model import LorettaAdpModel, LorettaRepModel
 
 __all__ = [
+    "AdapterStack",
     "LorettaAdpConfig",
     "LorettaAdpModel",
     "LorettaRepConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "get_peft_model",
 ]
 _MODULES = {
+    "AdapterStack": "loretta.grouped",
     "LorettaAdpConfig": "loretta.config",
     "LorettaAdpModel": "loretta.model",
     "LorettaRepConfig": "loretta.config",

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loretta_kernels import tt_adapter
+from loretta_kernels import Groups, tt_adapter
 from loretta_kernels.reference import ACTIVATIONS
 
 from .config import LorettaAdpConfig, _LorettaConfig
-from .layer import Groups, LorettaLayer, adapter_train, bond_rank, dropout_probability
+from .layer import Acting, LorettaLayer, adapter_train, bond_rank, dropout_probability
+from .stacked import Mixed, Trains
 from .tensor_train import TensorTrain
 
 
@@ -58,17 +59,38 @@ class LorettaAdpLinear(LorettaLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer with the adapters of each group at their placements."""
-        result = self.base_layer(self._placed("mh_adapter", groups, x, x), *args, **kwargs)
-        if groups and self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        result = self._placed("output_adapter", groups, result, result)
-        return self._placed("parallel_adapter", groups, result, x)
+    def trains(self, adapter_name: str) -> Trains:
+        """The two projections and the scaling.
 
-    def _placed(self, placement: str, groups: Groups, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        Raises:
+            TypeError: they are dense.
+        """
+        down, up = self.loretta_adp_down[adapter_name], self.loretta_adp_up[adapter_name]
+        if not isinstance(down, TensorTrain) or not isinstance(up, TensorTrain):
+            raise TypeError(f"the projections of {adapter_name!r} are no tensor trains, but dense")
+        return Trains(adapter_name, down.tt, up.tt, self.scale(adapter_name))
+
+    def settings(self, adapter_name: str) -> tuple[Any, ...]:
+        """The placement, the activation, dropout while training, and a scaling that is not learned."""
+        dropout_p = self.training and dropout_probability(self.adapter_dropout[adapter_name], True)
+        scaling = self.scaling.get(adapter_name, "learned")
+        return self.placement[adapter_name], self.activation[adapter_name], dropout_p, scaling
+
+    def adapted(self, x: torch.Tensor, acting: Acting, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the adapters at their placements."""
+        result = self.base_layer(self._placed("mh_adapter", acting, x, x), *args, **kwargs)
+        if acting and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        result = self._placed("output_adapter", acting, result, result)
+        return self._placed("parallel_adapter", acting, result, x)
+
+    def _placed(self, placement: str, acting: Acting, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual plus what the adapters of this placement make of x."""
-        here = [([name for name in names if self.placement[name] == placement], rows) for names, rows in groups]
+        if isinstance(acting, Mixed):
+            if self.placement[acting.trains.like] != placement:
+                return residual
+            return self._add_trains(acting.trains, x, residual, acting.groups).to(residual.dtype)
+        here = [([name for name in names if self.placement[name] == placement], rows) for names, rows in acting]
         return self._on_rows(self._add_adapters, [group for group in here if group[0]], residual, x)
 
     def _add_adapters(self, adapter_names: list[str], residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -76,20 +98,28 @@ class LorettaAdpLinear(LorettaLayer):
             residual = self._add_adapter(name, x, residual)
         return residual
 
+    def _add_trains(
+        self, trains: Trains, x: torch.Tensor, residual: torch.Tensor, index: Groups | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        name, down, up, scale = trains
+        dropout_p = dropout_probability(self.adapter_dropout[name], self.training)
+        return tt_adapter(
+            x,
+            down,
+            up,
+            activation=self.activation[name],
+            scale=scale,
+            residual=residual,
+            dropout_p=dropout_p,
+            index=index,
+        )
+
     def _add_adapter(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         down, up = self.loretta_adp_down[name], self.loretta_adp_up[name]
-        scale = self._scale(name)
+        if isinstance(down, TensorTrain):
+            return self._add_trains(self.trains(name), x, residual)
+        scale = self.scale(name)
         dropout_p = dropout_probability(self.adapter_dropout[name], self.training)
-        if isinstance(down, TensorTrain) and isinstance(up, TensorTrain):
-            return tt_adapter(
-                x,
-                down.tt,
-                up.tt,
-                activation=self.activation[name],
-                scale=scale,
-                residual=residual,
-                dropout_p=dropout_p,
-            )
         assert isinstance(down, nn.Linear)
         assert isinstance(up, nn.Linear)
         h = F.dropout(self._cast_input_dtype(x, down.weight.dtype), dropout_p)
@@ -115,7 +145,7 @@ class LorettaAdpLinear(LorettaLayer):
             raise ValueError(MERGE_ERROR)
         if weight is None:
             weight, bias = self.base_parameters()
-        scale = self._scale(adapter_name)
+        scale = self.scale(adapter_name)
         down, down_bias = _linear(self.loretta_adp_down[adapter_name], weight.dtype)
         up, up_bias = _linear(self.loretta_adp_up[adapter_name], weight.dtype)
         chain = [*down, *up]
@@ -140,7 +170,8 @@ class LorettaAdpLinear(LorettaLayer):
                 bias = c if bias is None else bias + c
         return weight, bias
 
-    def _scale(self, adapter_name: str) -> float | torch.Tensor:
+    def scale(self, adapter_name: str) -> float | torch.Tensor:
+        """The scaling: a number, or one element that is learned."""
         if adapter_name not in self.loretta_adp_scaling:
             return self.scaling[adapter_name]
         learned = self.loretta_adp_scaling[adapter_name]

@@ -55,8 +55,8 @@ class LorettaAdpBlock(LorettaAdpLinear):
             ValueError: value is not [..., width].
         """
         batch = x if isinstance(x, torch.Tensor) else value
-        groups = self._groups(batch, adapter_names)
-        if not groups:
+        acting = self._acting(batch, adapter_names)
+        if not acting:
             return value
         if value.shape[-1:] != (self.in_features,):
             raise ValueError(
@@ -66,7 +66,7 @@ class LorettaAdpBlock(LorettaAdpLinear):
         flattened = value.shape != batch.shape and value.numel() == batch.numel()
         rows = value.reshape(batch.shape) if flattened else value
         for placement in placements:
-            rows = self._placed(placement, groups, rows, batch if placement == "parallel_adapter" else rows)
+            rows = self._placed(placement, acting, rows, batch if placement == "parallel_adapter" else rows)
         return rows.reshape(value.shape) if flattened else rows
 
     def entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -19,10 +19,12 @@ from loretta_kernels.start import start_, stored_gains, with_gains
 
 from .config import _LorettaConfig
 from .merging import Merging
+from .stacked import Mixed, Trains, index_of, stacked
 from .tensor_train import TensorTrain
 from .whole import TrainedWhole
 
-Groups = list[tuple[list[str], "torch.Tensor | None"]]  # adapters and the rows [n] they act on; None: on all rows
+# Adapters and the rows [n] they act on, None for all rows; or stacked ones, each for its rows.
+Acting = list[tuple[list[str], "torch.Tensor | None"]] | Mixed
 Act = Callable[[list[str], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -43,6 +45,7 @@ class LorettaLayer(Merging):
         super().__init__()
         self.training = base_layer.training  # an adapter added to a model in eval mode must not drop anything
         self._disable_adapters = False
+        self.served: Mixed | None = None  # what acts instead of this layer's own adapters
         self.trained_whole: list[TrainedWhole] = []  # all of the model's; in a list they are no submodules
         self.in_features: int
         self.out_features: int
@@ -91,8 +94,20 @@ class LorettaLayer(Merging):
                 weights[adapter_name].to(device)
 
     @abstractmethod
-    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer, run once on all rows, with the adapters of each group on the rows of that group."""
+    def trains(self, adapter_name: str) -> Trains:
+        """The adapter's two trains and its scale."""
+
+    @abstractmethod
+    def settings(self, adapter_name: str) -> tuple[Any, ...]:
+        """What else adapters must have in common to be stacked."""
+
+    @abstractmethod
+    def scale(self, adapter_name: str) -> float | torch.Tensor:
+        """What the adapter's output is multiplied by."""
+
+    @abstractmethod
+    def adapted(self, x: torch.Tensor, acting: Acting, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer, run once on all rows, with the adapters that act on each row."""
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -101,14 +116,18 @@ class LorettaLayer(Merging):
 
         ``adapter_names`` names an adapter for each row of the batch ("__base__": none), as in PEFT's mixed batches.
         """
-        return self.adapted(x, self._groups(x, adapter_names), *args, **kwargs)
+        return self.adapted(x, self._acting(x, adapter_names), *args, **kwargs)
 
-    def _groups(self, x: torch.Tensor, adapter_names: list[str] | None) -> Groups:
+    def _acting(self, x: torch.Tensor, adapter_names: list[str] | None) -> Acting:
         """Which adapters act on which rows of the batch x."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return []
+        if self.served is not None:
+            if self.merged or adapter_names is not None:
+                raise ValueError("stacked adapters are served: not with `adapter_names`, nor while adapters are merged")
+            return self.served
         if adapter_names is None:
             if self.merged:
                 self.merge_changes()
@@ -124,23 +143,31 @@ class LorettaLayer(Merging):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        rows: dict[str, list[int]] = {}
+        given = set(adapter_names)
+        names = tuple(sorted(name for name in given if self.has_adapter(name)))
+        if len(given) == 1:
+            return [([name], None) for name in names]
+        if len(names) > 1 and (trains := stacked(self, names)) is not None:
+            return Mixed(trains, index_of(adapter_names, names, x.device))
+        rows: dict[str, list[int]] = {name: [] for name in names}
         for row, name in enumerate(adapter_names):
-            if self.has_adapter(name):
-                rows.setdefault(name, []).append(row)
+            if name in rows:
+                rows[name].append(row)
         return [([name], torch.tensor(index, device=x.device)) for name, index in rows.items()]
 
     @staticmethod
-    def _on_rows(act: Act, groups: Groups, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _on_rows(
+        act: Act, acting: list[tuple[list[str], torch.Tensor | None]], value: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         """``act(names, value, x)`` on the rows of each group; the rows of no group keep their value.
 
         Args:
             act: what the named adapters make of value [rows, ...], given x [rows, ...].
-            groups: the adapters, and the rows of value and x that they act on.
+            acting: the adapters, and the rows of value and x that they act on.
             value, x: one tensor or two, with the same rows.
         """
         result = value
-        for names, rows in groups:
+        for names, rows in acting:
             if rows is None:
                 return act(names, value, x)
             if result is value:

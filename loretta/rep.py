@@ -10,10 +10,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from loretta_kernels import tt_lora
+from loretta_kernels import Groups, tt_lora
 
 from .config import LorettaRepConfig, _LorettaConfig
-from .layer import Groups, LorettaLayer, adapter_train, bond_rank, dropout_probability
+from .layer import Acting, LorettaLayer, adapter_train, bond_rank, dropout_probability
+from .stacked import Mixed, Trains
 from .tensor_train import TensorTrain
 
 
@@ -74,25 +75,44 @@ class LorettaRepLinear(LorettaLayer):
         assert isinstance(train, TensorTrain)
         return train
 
-    def adapted(self, x: torch.Tensor, groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) plus the deltas of each group's adapters."""
+    def trains(self, adapter_name: str) -> Trains:
+        """A and B, and alpha / r."""
+        a, b = self._train("A", adapter_name), self._train("B", adapter_name)
+        return Trains(adapter_name, a.tt, b.tt, self.scaling[adapter_name])
+
+    def settings(self, adapter_name: str) -> tuple[Any, ...]:
+        """The scaling, dropout while training, and the enabled slices."""
+        dropout_p = self.training and dropout_probability(self.lora_dropout[adapter_name], True)
+        return self.scaling[adapter_name], dropout_p, tuple(self.enable_lora[adapter_name] or ())
+
+    def scale(self, adapter_name: str) -> float:
+        """alpha / r."""
+        return self.scaling[adapter_name]
+
+    def adapted(self, x: torch.Tensor, acting: Acting, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) plus the deltas of the adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if groups and self.quantization_backend is not None:
+        if acting and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return self._on_rows(self._add_deltas, groups, result, x)
+        if isinstance(acting, Mixed):
+            return self._add_delta(acting.trains, result, x, acting.groups).to(result.dtype)
+        return self._on_rows(self._add_deltas, acting, result, x)
 
     def _add_deltas(self, adapter_names: list[str], result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         for name in adapter_names:
-            a, b = self._train("A", name), self._train("B", name)
-            dropout_p = dropout_probability(self.lora_dropout[name], self.training)
-            scale = self.scaling[name]
-            columns = self._enabled_columns(name, x.device)
-            if columns is None:
-                result = tt_lora(x, a.tt, b.tt, scale=scale, residual=result, dropout_p=dropout_p)
-            else:
-                delta = tt_lora(x, a.tt, b.tt, scale=scale, dropout_p=dropout_p)
-                result = result.index_add(-1, columns, delta.to(result.dtype))
+            result = self._add_delta(self.trains(name), result, x)
         return result
+
+    def _add_delta(
+        self, trains: Trains, result: torch.Tensor, x: torch.Tensor, index: Groups | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        name, a, b, scale = trains
+        dropout_p = dropout_probability(self.lora_dropout[name], self.training)
+        columns = self._enabled_columns(name, x.device)
+        if columns is None:
+            return tt_lora(x, a, b, scale=scale, residual=result, dropout_p=dropout_p, index=index)
+        delta = tt_lora(x, a, b, scale=scale, dropout_p=dropout_p, index=index)
+        return result.index_add(-1, columns, delta.to(result.dtype))
 
     def _enabled_columns(self, adapter_name: str, device: torch.device | None = None) -> torch.Tensor | None:
         """The output columns that B writes, or None for all of them."""

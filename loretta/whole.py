@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
+
+from loretta_kernels import Groups
 
 from .norms import is_feature_norm
 from .tensor_train import TensorTrain
@@ -25,6 +29,8 @@ class TrainedWhole(ModulesToSaveWrapper):
     """
 
     takes_any_dtype: bool
+    # Of a norm: its parameters stacked, [adapters, features] each, and which of them each row has; the module's for -1.
+    served: tuple[dict[str, torch.Tensor], Groups] | None = None
 
     @classmethod
     def adopt(cls, wrapper: ModulesToSaveWrapper) -> None:
@@ -37,6 +43,8 @@ class TrainedWhole(ModulesToSaveWrapper):
         return "ModulesToSaveWrapper"  # in printed models and PEFT's error messages
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        if self.served is not None:
+            return self._forward_stack(*self.served, *args, **kwargs)
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
         return self._forward_copy(self.active_adapters[0], *args, **kwargs)
@@ -46,13 +54,35 @@ class TrainedWhole(ModulesToSaveWrapper):
 
     def _forward_copy(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         own = self.modules_to_save[adapter_name]
-        dtype, base_dtype = _dtype(own), _dtype(self.original_module)
+        return self._as_the_module(own, _dtype(own), *args, **kwargs)
+
+    def _forward_stack(self, stack: dict[str, torch.Tensor], groups: Groups, x: torch.Tensor) -> torch.Tensor:
+        index = groups.index.long().view(*groups.index.shape, *[1] * (x.dim() - groups.index.dim()))
+        own = {  # parameters that broadcast with x, a row of them for each row of x
+            name: torch.where(index < 0, base, stack[name][index[..., 0].clamp(min=0)])
+            for name, base in self.original_module.named_parameters()
+        }
+
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            module = self.original_module
+            if not isinstance(module, nn.LayerNorm):
+                normed: torch.Tensor = functional_call(module, own, (x,))
+                return normed
+            normed = F.layer_norm(x, module.normalized_shape, eps=module.eps) * own["weight"]
+            return normed + own["bias"] if "bias" in own else normed
+
+        given: torch.Tensor = self._as_the_module(norm, own["weight"].dtype, x)
+        return given
+
+    def _as_the_module(self, own: Callable[..., Any], dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
+        """What a copy of this dtype gives, for inputs and with outputs as of the module."""
+        base_dtype = _dtype(self.original_module)
         if dtype == base_dtype or dtype is None or base_dtype is None:
             return own(*args, **kwargs)
         if not self.takes_any_dtype:
             args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
         given = own(*args, **kwargs)
-        return given if _autocast_widens(own) else _cast(given, base_dtype)
+        return given if _autocast_widens(self.original_module) else _cast(given, base_dtype)
 
     def widen(self, adapter_name: str) -> None:
         """Hold an adapter's copy in fp32 where it is in sixteen bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ class Call(NamedTuple):
         learnt_scale: one element.
         seed: one int64 element; None without dropout.
         residual: `[..., O]` where it is neither x nor 0.
+        adapter: of stacked adapters, that is where all parameters and the learnt scale have one dimension more, the
+            first: which of them each element of x's first dimensions uses, int64 or int32; -1 for none.
         residual_is_x, scale, activation, dropout_p: as of the public functions.
     """
 
@@ -33,6 +36,7 @@ class Call(NamedTuple):
     learnt_scale: Tensor | None
     seed: Tensor | None
     residual: Tensor | None
+    adapter: Tensor | None
     down_shape: TTShape
     up_shape: TTShape | None
     residual_is_x: bool = False
@@ -43,7 +47,7 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The operands."""
-        return self[:8]
+        return self[:9]
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -54,6 +58,11 @@ class Call(NamedTuple):
     def out_features(self) -> int:
         """Features of y."""
         return (self.up_shape or self.down_shape).out_features
+
+    @property
+    def rows_each(self) -> int:
+        """Rows for which an element of the index stands."""
+        return 1 if self.adapter is None else prod(self.x.shape[self.adapter.dim() : -1])
 
     @property
     def y_dtype(self) -> torch.dtype:

@@ -26,7 +26,7 @@ from loretta_kernels.train import TT
 
 _TENSORS = (
     "Tensor x, Tensor down, Tensor? down_bias, Tensor? up, Tensor? up_bias, Tensor? learnt_scale, Tensor? seed, "
-    "Tensor? residual"
+    "Tensor? residual, Tensor? adapter"
 )
 _CONSTANTS = "int[] down_spec, int[] up_spec, bool residual_is_x, float scale, str activation, float dropout_p"
 _library = torch.library.Library("loretta", "DEF")
@@ -34,7 +34,7 @@ _library = torch.library.Library("loretta", "DEF")
 
 def _called(args: Sequence[Any]) -> Call:
     """The call that an operator's arguments stand for."""
-    tensors, (down_spec, up_spec), options = args[:8], args[8:10], args[10:]
+    tensors, (down_spec, up_spec), options = args[:9], args[9:11], args[11:]
     up_shape = TTShape.from_spec(tuple(up_spec)) if up_spec else None
     return Call._make((*tensors, TTShape.from_spec(tuple(down_spec)), up_shape, *options))
 
@@ -42,7 +42,7 @@ def _called(args: Sequence[Any]) -> Call:
 def _arguments(call: Call) -> tuple[Any, ...]:
     """The operator's arguments for a call."""
     up_spec = call.up_shape.spec if call.up_shape else ()
-    return *call.tensors, call.down_shape.spec, up_spec, *call[10:]
+    return *call.tensors, call.down_shape.spec, up_spec, *call[11:]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -116,13 +116,14 @@ def definition(call: Call) -> Tensor:
     if call.seed is not None:
         rows = prod(x.shape[:-1])
         mask = dropout_factor(call.seed, 0, rows, x.shape[-1], call.dropout_p, dtype).view(x.shape)
-    scale = call.scale if call.learnt_scale is None else call.scale * call.learnt_scale.to(dtype).reshape(())
-    down = TT(call.down, call.down_shape, call.down_bias)
+    size = () if call.adapter is None else (-1,)
+    scale = call.scale if call.learnt_scale is None else call.scale * call.learnt_scale.to(dtype).reshape(size)
+    down, index = TT(call.down, call.down_shape, call.down_bias), call.adapter
     if call.up is None or call.up_shape is None:
-        y = reference.tt_linear(x, down)
+        y = reference.tt_linear(x, down, index=index)
     else:
         up = TT(call.up, call.up_shape, call.up_bias)
-        y = reference.tt_adapter(x, down, up, activation=call.activation, scale=scale, mask=mask)
+        y = reference.tt_adapter(x, down, up, activation=call.activation, scale=scale, mask=mask, index=index)
     return (y if residual is None else residual + y).to(call.y_dtype)
 
 
@@ -132,15 +133,15 @@ class _Adapter(torch.autograd.Function):
         call = Call._make(args)
         plain = not torch.compiler.is_compiling() and _is_plain(call.tensors)
         y, waist = _dispatch.forward(call) if plain else torch.ops.loretta.adapter_forward.default(*_arguments(call))
-        ctx.save_for_backward(waist, *call.tensors[:7])
-        ctx.constants, ctx.backend = call[8:], _dispatch.forced()
+        ctx.save_for_backward(waist, *call.tensors[:7], call.adapter)
+        ctx.constants, ctx.backend = call[9:], _dispatch.forced()
         ctx.residual_dtype = None if call.residual is None else call.residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        waist, *tensors = ctx.saved_tensors
-        call = Call._make((*tensors, None, *ctx.constants))
+        waist, *tensors, index = ctx.saved_tensors
+        call = Call._make((*tensors, None, index, *ctx.constants))
         needs = ctx.needs_input_grad[:6]
         grads: Sequence[Tensor | None] = (None,) * 6
         if any(needs):
@@ -153,7 +154,7 @@ class _Adapter(torch.autograd.Function):
                     grads = _grads(call, waist, dy, needs)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
         wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return *wanted, None, dresidual, None, None, None, None, None, None
+        return *wanted, None, dresidual, None, None, None, None, None, None, None
 
 
 # Without what torch does first in Python for function transforms: 3 us of 40.

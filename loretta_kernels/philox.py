@@ -24,12 +24,14 @@ def threshold(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
-def dropout_factor(seed: Tensor, first_row: int, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
+def dropout_factor(
+    seed: Tensor, first_row: int, rows: int | Tensor, columns: int, p: float, dtype: torch.dtype
+) -> Tensor:
     """What dropout multiplies rows of x by: 0, or 1 / (1 - p).
 
     Args:
         seed: one int64 element, on the device of the result.
-        first_row, rows, columns: which block of x.
+        first_row, rows, columns: which block of x; or the numbers of its rows in the place of how many there are.
 
     Returns:
         `[rows, columns]` in `dtype`.
@@ -39,7 +41,7 @@ def dropout_factor(seed: Tensor, first_row: int, rows: int, columns: int, p: flo
     return torch.ge(chances, threshold(p), out=factor).div_(1 - p)
 
 
-def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor:
+def random_bits(seed: Tensor, first_row: int, rows: int | Tensor, columns: int) -> Tensor:
     """The 16 bits of each element, as int16 `[rows, columns]`.
 
     A round takes the words (c0, c1, c2, c3) and the key (k0, k1) to
@@ -53,14 +55,15 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
     plain = type(seed) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(seed)
     key = int(seed) if plain and device.type == "cpu" else seed.reshape(())
     k0, k1 = key & _WORD, key >> 32 & _WORD
-    row = torch.arange(first_row, first_row + rows, device=device)[:, None]
+    row = torch.arange(first_row, first_row + rows, device=device) if isinstance(rows, int) else rows
+    row = row[:, None]
     group = torch.arange(-(-columns // COLUMNS), device=device)[None, :]
     # In the first two rounds a word depends on the row or on the column, not on both: they are computed on vectors. The
     # others work in place, since allocating memory would cost more than they do.
     p0, p1 = (row & _WORD) * _M0, group * _M1
     c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ (row >> 32) ^ k0, p1, (p0 >> 32 & _WORD) ^ k1, p0
     k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD
-    words = torch.empty(6, rows, group.shape[1], dtype=torch.int64, device=device)
+    words = torch.empty(6, len(row), group.shape[1], dtype=torch.int64, device=device)
     for word, start in zip(words, (c0, c1, c2, c3), strict=False):
         word.copy_(start)
     c0, c1, c2, c3, p0, p1 = words
@@ -72,4 +75,4 @@ def random_bits(seed: Tensor, first_row: int, rows: int, columns: int) -> Tensor
         c1, c3, p1, p0 = p1, p0, c1, c3
         k0, k1 = k0 + _W0 & _WORD, k1 + _W1 & _WORD
     pairs = torch.stack([c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)], -1)
-    return pairs.view(torch.int16).view(rows, COLUMNS * group.shape[1])[:, :columns]
+    return pairs.view(torch.int16).view(len(row), COLUMNS * group.shape[1])[:, :columns]

@@ -1,7 +1,8 @@
 """The operators as definitions: plain autograd, any dtype. Written to be read, and the oracle of the tests.
 
 Everything is computed in x's dtype; give fp64 tensors for the truth. `mask` stands where the operators have `dropout_p`
-and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for the others.
+and `seed`: it is what dropout multiplies x by, 0 for a dropped element and 1 / (1 - p) for the others. With `index` the
+parameters have one dimension more, the first: each row of x uses the adapter that index names, and none for -1.
 
 Example:
     >>> shape = TTShape.for_matrix(768, 64, rank=5)
@@ -54,8 +55,10 @@ def tt_matrix(train: TT) -> Tensor:
     return L @ R
 
 
-def tt_linear(x: Tensor, train: TT) -> Tensor:
-    """y = x · W + b, as (x · L) · R + b."""
+def tt_linear(x: Tensor, train: TT, *, index: Tensor | None = None) -> Tensor:
+    """y = x · W + b, as (x · L) · R + b; 0 where index is -1."""
+    if index is not None:
+        return _each(x, index, len(train.cores), train.shape, lambda rows, a: tt_linear(rows, _one(train, a)))
     L, R = tt_sides(train.cores.to(x.dtype), train.shape)
     y = x @ L @ R
     return y if train.bias is None else y + train.bias.to(x.dtype)
@@ -70,11 +73,20 @@ def tt_adapter(
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """y = residual + scale · (act(drop(x) · W_down + b_down) · W_up + b_up)."""
-    h = tt_linear(x if mask is None else x * mask.to(x.dtype), down)
-    delta = tt_linear(ACTIVATIONS[activation](h), up)
-    delta = delta * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
+    """y = residual + scale · (act(drop(x) · W_down + b_down) · W_up + b_up); residual where index is -1."""
+    dropped = x if mask is None else x * mask.to(x.dtype)
+    if index is not None:
+
+        def one(rows: Tensor, a: int) -> Tensor:
+            own = scale if not isinstance(scale, Tensor) or scale.numel() == 1 else scale[a]
+            return tt_adapter(rows, _one(down, a), _one(up, a), activation=activation, scale=own)
+
+        delta = _each(dropped, index, len(down.cores), up.shape, one)
+    else:
+        delta = tt_linear(ACTIVATIONS[activation](tt_linear(dropped, down)), up)
+        delta = delta * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
     return delta if residual is None else residual + delta
 
 
@@ -86,6 +98,22 @@ def tt_lora(
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """y = residual + scale · drop(x) · A · B."""
-    return tt_adapter(x, a, b, activation="identity", scale=scale, residual=residual, mask=mask)
+    """y = residual + scale · drop(x) · A · B; residual where index is -1."""
+    return tt_adapter(x, a, b, activation="identity", scale=scale, residual=residual, mask=mask, index=index)
+
+
+def _one(stack: TT, a: int) -> TT:
+    """One train of a stack."""
+    return TT(stack.cores[a], stack.shape, None if stack.bias is None else stack.bias[a])
+
+
+def _each(x: Tensor, index: Tensor, adapters: int, shape: TTShape, one: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What `one(rows, adapter)` makes of the rows of each adapter, and 0 for those of none."""
+    index = index.reshape(*index.shape, *[1] * (x.dim() - index.dim()))
+    y = x.new_zeros(*x.shape[:-1], shape.out_features)
+    for a in range(adapters):
+        mine = index == a  # other adapters' rows never reach this one: 0 · infinity is not 0
+        y = torch.where(mine, one(torch.where(mine, x, 0), a), y)
+    return y

@@ -63,6 +63,21 @@ class Snapshot:
         return value.device.type == "cpu" and value.dtype is self.value.dtype and torch.equal(value, self.value)
 
 
+class RowsSnapshot(Snapshot):
+    """A stack's chosen rows at one time; under `frozen` the whole stack is promised to stay as it is."""
+
+    def __init__(self, stack: Tensor, chosen: Tensor) -> None:
+        super().__init__(None)
+        self.identity, self.chosen = _identity(stack), chosen
+        self.value = stack.detach().index_select(0, chosen)
+
+    def is_of(self, stack: Tensor) -> bool:
+        """As `Snapshot.is_of`, of the chosen rows."""
+        if getattr(_local, "frozen", False):
+            return self.identity is not None and self.identity == _identity(stack)
+        return stack.device.type == "cpu" and torch.equal(stack.detach().index_select(0, self.chosen), self.value)
+
+
 def _identity(value: Any) -> tuple[Any, ...] | None:
     """Where a tensor's values are, and how often they were written there; inference tensors are not counted."""
     if not isinstance(value, Tensor) or value.is_inference():
@@ -78,26 +93,43 @@ def contract(cores: Tensor, shape: TTShape, dtype: torch.dtype) -> Contraction:
     return found
 
 
-class Contraction:
-    """L, stored as its transpose `Lt`, and R of a train."""
+def contract_stack(stack: Tensor, chosen: Tensor, shape: TTShape, dtype: torch.dtype) -> Contraction:
+    """As `contract`, of the chosen trains of a stack `[adapters, num_params]`."""
+    found = _latest.get(stack)
+    if (
+        found is None
+        or found.shape != shape
+        or found.R.dtype is not dtype
+        or not isinstance(found.cores, RowsSnapshot)
+        or not torch.equal(found.cores.chosen, chosen)
+        or not found.cores.is_of(stack)
+    ):
+        cores = RowsSnapshot(stack, chosen)
+        found = _latest[stack] = Contraction(cores.value, shape, dtype, cores)
+    return found
 
-    def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype) -> None:
-        self.shape, self.cores = shape, Snapshot(cores)
+
+class Contraction:
+    """L, stored as its transpose `Lt`, and R of a train; of several, with one dimension more, the first."""
+
+    def __init__(self, cores: Tensor, shape: TTShape, dtype: torch.dtype, snapshot: Snapshot | None = None) -> None:
+        self.shape, self.cores = shape, snapshot or Snapshot(cores)
         self._derived: dict[str, tuple[list[Snapshot], Any]] = {}
         values = cores.detach().to(dtype, copy=True).contiguous()
+        lead, strides = values.shape[:-1], values.stride()[:-1]
         start, matrices = 0, []
         for r, n, r_next in shape.core_shapes:
             # One call where split and view would be two: with few rows, calls dominate the time.
-            matrices.append(values.as_strided((r, n * r_next), (n * r_next, 1), start))
+            matrices.append(values.as_strided((*lead, r, n * r_next), (*strides, n * r_next, 1), start))
             start += r * n * r_next
         cut, K = shape.cut, shape.waist
         self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
         self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
         self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
-        L = _product(self._in_matrices, self._in_partials).view(shape.in_features, K)
-        R = _product(self._out_matrices, self._out_partials).view(K, shape.out_features)
-        self.Lt, self.R = _times(shape.factors[0], L.t().contiguous()), _times(shape.factors[1], R)
-        self.L = self.Lt.t()
+        L = _product(self._in_matrices, self._in_partials).view(*lead, shape.in_features, K)
+        R = _product(self._out_matrices, self._out_partials).view(*lead, K, shape.out_features)
+        self.Lt, self.R = _times(shape.factors[0], L.mT.contiguous()), _times(shape.factors[1], R)
+        self.L = self.Lt.mT
 
     def derived(self, name: str, inputs: Sequence[Any], make: Callable[[], Any]) -> Any:
         """What `make` computes from this contraction and the inputs; its latest result where they are the same."""
@@ -110,8 +142,9 @@ class Contraction:
         """The gradient of the flat cores."""
         in_factor, out_factor = self.shape.factors
         return torch.cat(
-            _core_grads(self._in_matrices, self._in_partials, _times(in_factor, dLt).t())
-            + _core_grads(self._out_matrices, self._out_partials, _times(out_factor, dR))
+            _core_grads(self._in_matrices, self._in_partials, _times(in_factor, dLt).mT)
+            + _core_grads(self._out_matrices, self._out_partials, _times(out_factor, dR)),
+            dim=-1,
         )
 
 
@@ -119,24 +152,29 @@ def _partials(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """The products `[r(0)·n(1)···n(j), r(j)]` of a side's first j cores, for every j short of them all."""
     partials: list[Tensor] = []
     for matrix, rank in zip(matrices, ranks, strict=False):
-        partials.append(_product([matrix], partials).view(-1, rank))
+        partials.append(_rows(_product([matrix], partials), rank))
     return partials
 
 
 def _product(matrices: Sequence[Tensor], partials: Sequence[Tensor]) -> Tensor:
     """The last partial product times the last core."""
-    return partials[-1].mm(matrices[-1]) if partials else matrices[-1]
+    return partials[-1] @ matrices[-1] if partials else matrices[-1]
 
 
 def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tensor) -> list[Tensor]:
     """The flat gradients of a side's cores, from that of its product."""
     grads = []
     for matrix, partial in zip(matrices[:0:-1], partials[::-1], strict=True):
-        d = d.reshape(-1, matrix.shape[1])
-        grads.append(partial.t().mm(d).view(-1))
-        d = d.mm(matrix.t())
-    grads.append(d.reshape(-1))
+        d = _rows(d, matrix.shape[-1])
+        grads.append((partial.mT @ d).flatten(-2))
+        d = d @ matrix.mT
+    grads.append(d.flatten(-2))
     return grads[::-1]
+
+
+def _rows(matrix: Tensor, columns: int) -> Tensor:
+    """The same elements in rows of so many columns."""
+    return matrix.reshape(*matrix.shape[:-2], -1, columns)
 
 
 def _times(factor: float, t: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class _Prepared:
 
     def __init__(self, call: Call, forget: Callable[[Any], None]) -> None:
         self._alive = ref(call.down, forget)
-        self.dtype, self.constants = call.x.dtype, call[8:]
+        self.dtype, self.constants = call.x.dtype, call[9:]
         self.in_features, self.out_features = call.x.shape[-1], call.out_features
         self.copies = [None if parameter is None else parameter.detach().clone() for parameter in call[1:6]]
         self.delta = _delta(call)
@@ -80,14 +80,19 @@ def infer_cached(
 def infer(call: Call) -> Tensor | None:
     """y of at most `MOST_ROWS` rows on a CPU, in fp32 or fp64; None where `forward` must serve."""
     x = call.x
-    if x.device.type != "cpu" or x.numel() > MOST_ROWS * x.shape[-1] or call.seed is not None:
+    if (
+        x.device.type != "cpu"
+        or x.numel() > MOST_ROWS * x.shape[-1]
+        or call.seed is not None
+        or call.adapter is not None
+    ):
         return None
     residual = x if call.residual_is_x else call.residual
     if x.dtype is not call.sum_dtype or (residual is not None and residual.dtype is not x.dtype):
         return None
     key = id(call.down), id(call.up)
     known = _cache.get(key)
-    if known is None or not known.serves(x, call[1:6], call[8:]):
+    if known is None or not known.serves(x, call[1:6], call[9:]):
         known = _cache[key] = _Prepared(call, partial(_forget, key))
     y = known.delta(x)
     return y if residual is None else y.add_(residual)

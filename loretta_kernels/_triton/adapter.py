@@ -14,7 +14,15 @@ from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kerne
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
 from loretta_kernels._triton.launch import Launch, Variant
-from loretta_kernels._triton.operands import DTYPES, architecture, contiguous, grads_like, rows_of
+from loretta_kernels._triton.operands import (
+    DTYPES,
+    architecture,
+    contiguous,
+    grads_like,
+    largest_group,
+    rows_of,
+    shares_of,
+)
 from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Blocks, Plan, plan_of
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
@@ -34,8 +42,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    blocks = plan.forward_of(N)
-    programs, parts = plan.programs(N, blocks), plan.parts(N, blocks, plan.last)
+    blocks = plan.forward_of(largest_group(call, N))
+    programs, _, pointers, _ = shares_of(call, plan, N, blocks)
+    parts = plan.parts(N, blocks, plan.last)
     args = {
         "x_ptr": rows,
         "residual_ptr": base,
@@ -43,6 +52,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "waist_ptr": waist,
         **_parameters(call),
         "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+        **pointers,
         "N": N,
         "stride_xn": stride,
         "stride_rn": base_stride,
@@ -62,10 +72,14 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
     grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(call.differentiable, needs, N)
     if N == 0:
         return grads
+    if call.adapter is not None:  # those of adapters without rows
+        for grad in grads[1:]:
+            if grad is not None:
+                grad.zero_()
     if call.up is None:  # of one train, the output side stands where the second train's does
         dup, ddown_bias, dup_bias = ddown, None, ddown_bias
     blocks = plan.backward_of(N)
-    programs = plan.programs(N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    programs, groups, pointers, of_groups = shares_of(call, plan, N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
     parts = plan.parts(N, blocks, plan.first, plan.last)
     parameters = _parameters(call)
     shared = {
@@ -75,8 +89,8 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "dup_ptr": dup,
         "dup_bias_ptr": dup_bias,
         "dscale_ptr": dscale,
-        "grads_ptr": waist.new_zeros((1 if atomic else programs) * plan.grad_size),
-        "scratch_ptr": waist.new_empty(plan.scratch_size),
+        "grads_ptr": waist.new_zeros((groups if atomic else programs) * plan.grad_size),
+        "scratch_ptr": waist.new_empty(groups * plan.scratch_size),
         "scale": call.scale,
     }
     args = {
@@ -87,15 +101,21 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "waist_ptr": waist,
         "dx_ptr": dx,
         "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+        **pointers,
         "N": N,
         "stride_dyn": dy_stride,
         "stride_xn": stride,
     }
     launch.execute(Launch(variants(blocks, parts), (programs, parts), args))
-    if not atomic and any(needs[1:]):
-        sums = {**shared, "sums_ptr": waist.new_zeros(plan.grad_size), "programs": programs}
+    if not atomic and any(needs[1:]) and groups:
+        sums = {
+            **shared,
+            "sums_ptr": waist.new_zeros(groups * plan.grad_size),
+            "groups_ptr": of_groups,
+            "programs": programs,
+        }
         _, variants = _variants(_sum_kernel, *_what(call, dy.dtype))
-        launch.execute(Launch(variants(blocks), (sum_blocks(plan.arrived),), sums))
+        launch.execute(Launch(variants(blocks), (sum_blocks(plan.arrived), groups), sums))
     return grads
 
 
@@ -128,6 +148,7 @@ def _variants(
         **plan.named_sides,
         "TABLE_SIZE": plan.table_size,
         "GRAD_SIZE": plan.grad_size,
+        "SCRATCH_SIZE": plan.scratch_size,
         "DSCALE": plan.dscale,
         "ARRIVED": plan.arrived,
         "BLOCK_B": plan.block_b,
@@ -158,6 +179,6 @@ def _parameters(call: Call) -> dict[str, Tensor | None]:
         "down_bias_ptr": None if call.up is None else down_bias,
         "up_ptr": up,
         "up_bias_ptr": up_bias,
-        "learnt_scale_ptr": call.learnt_scale,
+        "learnt_scale_ptr": contiguous(call.learnt_scale),
         "seed_ptr": call.seed,
     }

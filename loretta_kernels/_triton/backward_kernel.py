@@ -6,6 +6,9 @@ dh = da · act'(h)           dR_d = sᵀ · dh              db_d = sum(dh)
 ds = dh · R_dᵀ              dL_d = drop(x)ᵀ · ds
 dx = [residual is x] · dy + drop'(ds · L_dᵀ)            dscale = <z, dy · R_uᵀ> + <sum(dy), b_u>
 
+Of stacked adapters every program takes rows of one of them; each adapter has sums of its own, and the last program of
+its own.
+
 Reads dy, then x and dy, writes dx, and adds the gradients of the sides, [I, K] and [K + 1, O], to a zeroed buffer; the
 program that arrives last contracts them to those of the cores. With few rows, PARTS programs share the features of
 dR_u, dx and dL_d; each makes ds for itself, and the first adds what has the bottleneck's size.
@@ -19,7 +22,18 @@ import triton.language as tl
 from loretta_kernels._triton._common import act, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, inner_product, is_last, store_core_grads, sum_programs
 from loretta_kernels._triton.forward_kernel import hidden, up_waist
-from loretta_kernels._triton.rows import block_rows, load_rows, ones_beside, store_rows
+from loretta_kernels._triton.rows import (
+    GROUP,
+    at_adapter,
+    block_rows,
+    copy_rows,
+    group_of,
+    item_of,
+    item_rows,
+    load_rows,
+    ones_beside,
+    store_rows,
+)
 from loretta_kernels._triton.tiles import add_grad, keep_heavy, load_tile, store_tables
 
 
@@ -85,6 +99,8 @@ def _backward_kernel(
     tables_ptr,
     grads_ptr,
     scratch_ptr,
+    order_ptr,
+    items_ptr,
     # sizes and strides
     N,
     stride_dyn,
@@ -97,6 +113,7 @@ def _backward_kernel(
     RU: tl.constexpr,
     TABLE_SIZE: tl.constexpr,
     GRAD_SIZE: tl.constexpr,
+    SCRATCH_SIZE: tl.constexpr,
     DSCALE: tl.constexpr,
     ARRIVED: tl.constexpr,
     # blocks and flags
@@ -118,6 +135,27 @@ def _backward_kernel(
     tables_ptr += (program * PARTS + part).to(tl.int64) * TABLE_SIZE
     if not ATOMIC:
         grads_ptr += program.to(tl.int64) * GRAD_SIZE
+    if items_ptr is not None:
+        adapter, start, stop = item_of(items_ptr, program)
+        if adapter < 0:
+            if dx_ptr is not None:
+                if RESIDUAL_IS_X:
+                    copy_rows(
+                        dx_ptr, dy_ptr, order_ptr, start, stop, part, PARTS, N, stride_dyn, LD.size, BLOCK_N, BLOCK_C
+                    )
+                else:
+                    copy_rows(dx_ptr, None, order_ptr, start, stop, part, PARTS, N, 0, LD.size, BLOCK_N, BLOCK_C)
+            return
+        group, programs = group_of(items_ptr, program)
+        if ATOMIC:
+            grads_ptr += group * GRAD_SIZE
+        scratch_ptr += group * SCRATCH_SIZE
+        down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
+            adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
+        )
+        ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
+            adapter, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, RD, RU
+        )
     store_tables(tables_ptr, down_ptr, LD)
     if RD is not None:
         store_tables(tables_ptr, down_ptr, RD)
@@ -137,8 +175,15 @@ def _backward_kernel(
     EXACT_DZ: tl.constexpr = dscale_ptr is not None and DTYPE != tl.float32
 
     dscale = tl.full([], 0, tl.float32)
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
-        rows = block_rows(block, BLOCK_N)
+    if items_ptr is None:
+        first, last, step = program, tl.cdiv(N, BLOCK_N), programs
+    else:
+        first, last, step = 0, tl.cdiv(stop - start, BLOCK_N), 1
+    for block in tl.range(first, last, step, disable_licm=True):
+        if items_ptr is None:
+            rows = block_rows(block, BLOCK_N)
+        else:
+            rows = item_rows(order_ptr, start + block * BLOCK_N, stop, N, BLOCK_N)
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
         z = up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
 
@@ -239,6 +284,7 @@ def _sum_kernel(
     grads_ptr,
     sums_ptr,
     scratch_ptr,
+    groups_ptr,
     # sizes
     programs,
     scale,
@@ -248,11 +294,25 @@ def _sum_kernel(
     LU: tl.constexpr,
     RU: tl.constexpr,
     GRAD_SIZE: tl.constexpr,
+    SCRATCH_SIZE: tl.constexpr,
     DSCALE: tl.constexpr,
     ARRIVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients of the parameters from the sums of every program, added in the order of the programs."""
+    if groups_ptr is not None:
+        group = tl.program_id(1).to(tl.int64)
+        adapter = tl.cast(tl.load(groups_ptr + group * GROUP), tl.int64)
+        first, programs = tl.load(groups_ptr + group * GROUP + 1), tl.load(groups_ptr + group * GROUP + 2)
+        grads_ptr += first.to(tl.int64) * GRAD_SIZE
+        sums_ptr += group * GRAD_SIZE
+        scratch_ptr += group * SCRATCH_SIZE
+        down_ptr, _, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
+            adapter, down_ptr, None, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
+        )
+        ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
+            adapter, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, RD, RU
+        )
     sum_programs(sums_ptr, grads_ptr, programs, ARRIVED, GRAD_SIZE)
     if is_last(sums_ptr + ARRIVED, tl.num_programs(0)):
         total = scale

@@ -4,6 +4,8 @@ s = drop(x) · L_d     h = s · R_d + b_d     a = act(h)     z = a · L_u     y 
 
 Of one train alone (R_d and L_u None) z is s, and R_u, b_u are its own.
 
+Of stacked adapters every program takes rows of one of them (`order_ptr`, `items_ptr`); those of none are copied.
+
 Reads x, twice where it is the residual (the second time from L2), and writes y and the waist s [N, K].
 """
 
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 from loretta_kernels._triton._common import act, cast, dot, dropout_factor
-from loretta_kernels._triton.rows import block_rows, load_rows, store_rows
+from loretta_kernels._triton.rows import at_adapter, block_rows, copy_rows, item_of, item_rows, load_rows, store_rows
 from loretta_kernels._triton.tiles import keep_heavy, load_tile, store_tables
 
 
@@ -69,6 +71,8 @@ def _forward_kernel(
     learnt_scale_ptr,
     seed_ptr,
     tables_ptr,
+    order_ptr,
+    items_ptr,
     # sizes and strides
     N,
     stride_xn,
@@ -94,6 +98,16 @@ def _forward_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     part, parts = tl.program_id(1), tl.num_programs(1)
     tables_ptr += (program * parts + part).to(tl.int64) * TABLE_SIZE
+    if items_ptr is not None:
+        adapter, start, stop = item_of(items_ptr, program)
+        if adapter < 0:
+            copy_rows(y_ptr, residual_ptr, order_ptr, start, stop, part, parts, N, stride_rn, RU.size, BLOCK_N, BLOCK_C)
+            if part == 0:
+                copy_rows(waist_ptr, None, order_ptr, start, stop, 0, 1, N, 0, LD.K, BLOCK_N, LD.KP)
+            return
+        down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
+            adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
+        )
     store_tables(tables_ptr, down_ptr, LD)
     if RD is not None:
         store_tables(tables_ptr, down_ptr, RD)
@@ -104,8 +118,15 @@ def _forward_kernel(
     if learnt_scale_ptr is not None:
         scale *= tl.load(learnt_scale_ptr).to(tl.float32)
 
-    for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
-        rows = block_rows(block, BLOCK_N)
+    if items_ptr is None:
+        first, last, step = program, tl.cdiv(N, BLOCK_N), programs
+    else:
+        first, last, step = 0, tl.cdiv(stop - start, BLOCK_N), 1
+    for block in tl.range(first, last, step, disable_licm=True):
+        if items_ptr is None:
+            rows = block_rows(block, BLOCK_N)
+        else:
+            rows = item_rows(order_ptr, start + block * BLOCK_N, stop, N, BLOCK_N)
         s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         for c0 in range(0, LD.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)

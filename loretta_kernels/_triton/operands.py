@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
+from loretta_kernels._triton.plan import MAX_PROGRAMS, Blocks, Plan
+from loretta_kernels.call import Call
+from loretta_kernels.groups import sorted_of
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DEFAULT_ARCHITECTURE = os.environ.get(PTX_VARIABLE) or "sm_90"
@@ -33,6 +36,36 @@ def rows_of(x: Tensor, features: int) -> tuple[Tensor, int]:
 def contiguous(vector: Tensor | None) -> Tensor | None:
     """The vector with its elements side by side."""
     return None if vector is None else vector.contiguous()
+
+
+class Shares(NamedTuple):
+    """Who takes which rows: in turn, or of stacked adapters the rows of one of them.
+
+    Attributes:
+        programs: that share the rows.
+        groups: that are summed apart: adapters in use, or 1.
+        pointers: the kernels' tables of who takes what.
+        of_groups: the table of the groups, `Sorted.items`.
+    """
+
+    programs: int
+    groups: int
+    pointers: dict[str, Tensor | None]
+    of_groups: Tensor | None
+
+
+def shares_of(call: Call, plan: Plan, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> Shares:
+    """How the rows are shared by at most so many programs, and one more for each adapter."""
+    if call.adapter is None:
+        return Shares(plan.programs(N, blocks, most), 1, {"order_ptr": None, "items_ptr": None}, None)
+    known, each, device = sorted_of(call.adapter, len(call.down)), call.rows_each, call.x.device
+    items, groups = known.items(each, blocks.n * -(-N // (blocks.n * most)), device)
+    return Shares(len(items), len(groups), {"order_ptr": known.rows(each, device), "items_ptr": items}, groups)
+
+
+def largest_group(call: Call, N: int) -> int:
+    """The most rows that one adapter has."""
+    return N if call.adapter is None else sorted_of(call.adapter, len(call.down)).largest * call.rows_each
 
 
 def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) -> tuple[Any, ...]:

@@ -57,6 +57,7 @@ def planned(
         learnt_scale=None,
         seed=new(1, dtype=torch.int64) if dropout_p else None,
         residual=dy if operator == "tt_lora" else None,
+        adapter=None,
         down_shape=first,
         up_shape=last if two else None,
         residual_is_x=adapts,

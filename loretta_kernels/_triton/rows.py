@@ -7,11 +7,74 @@ import triton.language as tl
 
 from loretta_kernels._triton._common import cast
 
+ITEM = tl.constexpr(5)  # numbers of an item, and of a group: see `groups.Sorted.items`
+GROUP = tl.constexpr(3)
+
 
 @triton.jit
 def block_rows(block, BLOCK_N: tl.constexpr):
     """The rows of a block, in int64."""
     return tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def item_of(items_ptr, program):
+    """A program's share of a batch of different adapters: the adapter, and its rows in order, from and to."""
+    item_ptr = items_ptr + program * ITEM
+    return tl.cast(tl.load(item_ptr), tl.int64), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+
+
+@triton.jit
+def group_of(items_ptr, program):
+    """Which of the adapters in use that is, and how many programs take its rows."""
+    item_ptr = items_ptr + program * ITEM
+    return tl.cast(tl.load(item_ptr + 3), tl.int64), tl.load(item_ptr + 4)
+
+
+@triton.jit
+def item_rows(order_ptr, first, last, N, BLOCK_N: tl.constexpr):
+    """The rows in order from first on, in int64; N, which is no row, from last on."""
+    at = first + tl.arange(0, BLOCK_N)
+    return tl.load(order_ptr + at, mask=at < last, other=N)
+
+
+@triton.jit
+def _at(ptr, adapter, SIZE: tl.constexpr):
+    if ptr is None:
+        return tl.constexpr(None)
+    else:
+        return ptr + adapter * SIZE
+
+
+@triton.jit
+def at_adapter(
+    adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, scale_ptr, RD: tl.constexpr, RU: tl.constexpr
+):  # fmt: skip
+    """Where the parameters of an adapter start in their stacks, or their gradients."""
+    R: tl.constexpr = RU if RD is None else RD
+    return (
+        _at(down_ptr, adapter, R.end),
+        _at(down_bias_ptr, adapter, R.size),
+        _at(up_ptr, adapter, RU.end),
+        _at(up_bias_ptr, adapter, RU.size),
+        _at(scale_ptr, adapter, 1),
+    )
+
+
+@triton.jit
+def copy_rows(
+    out_ptr, base_ptr, order_ptr, first, last, part, parts, N, stride, SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The rows in order from first to last as they are in base, or 0 without; `parts` programs share the features."""
+    for start in range(first, last, BLOCK_N):
+        rows = item_rows(order_ptr, start, last, N, BLOCK_N)
+        for c0 in range(part * BLOCK_C, SIZE, parts * BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            value = tl.full([BLOCK_N, BLOCK_C], 0, tl.float32)
+            if base_ptr is not None:
+                value = load_rows(base_ptr, rows, stride, c, N, SIZE).to(tl.float32)
+            store_rows(out_ptr, rows, SIZE, c, N, SIZE, value)
 
 
 @triton.jit

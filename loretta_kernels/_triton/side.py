@@ -127,6 +127,11 @@ class Side:
         return tuple(self.ranks[j] * n * self.ranks[j + 1] for j, n in enumerate(self.modes))
 
     @cached_property
+    def end(self) -> int:
+        """Where its last core ends; of R the size of the flat cores."""
+        return self.core_starts[-1] + self.core_sizes[-1]
+
+    @cached_property
     def columns(self) -> tuple[int, ...]:
         """Of each core as a matrix `[r, n·r']`, n·r'."""
         return tuple(n * self.ranks[j + 1] for j, n in enumerate(self.modes))

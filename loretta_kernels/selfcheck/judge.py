@@ -11,7 +11,7 @@ rounds. `MODELS` lists what a backend rounds; a sum of n terms in fp32 is taken 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import Any
 
@@ -155,13 +155,17 @@ def is_exact(problem: Problem) -> bool:
     return fine and all(answers[name].any() for name in ("ddown", "dscale") if name in answers)
 
 
-def staged(problem: Problem, rounding: Rounding) -> Answers:
+def staged(problem: Problem, rounding: Rounding, mask: Tensor | None = None) -> Answers:
     """Every answer by the formulas of the operator's gradient, each operand of a product passed through `rounding`.
 
-    `rounding` gets a name, the operand, and how many terms the sums have that it goes into.
+    `rounding` gets a name, the operand, and how many terms the sums have that it goes into. `mask` is what dropout
+    multiplies x by, where it is not the problem's own.
     """
+    if problem.index is not None:
+        return _by_adapter(problem, problem.index, rounding)
     x, dy = problem.x.reshape(-1, problem.x.shape[-1]), problem.dy.reshape(-1, problem.dy.shape[-1])
-    mask = problem.mask().reshape(x.shape) if problem.dropout_p else None
+    if mask is None and problem.dropout_p:
+        mask = problem.mask().reshape(x.shape)
     N, scale = len(x), problem.scale
     down, up = problem.down, problem.up
     L_down, R_down = _sides("down", down.cores, down.shape, rounding)
@@ -213,6 +217,32 @@ def staged(problem: Problem, rounding: Rounding) -> Answers:
         answers["dscale"] = dscale.reshape(scale.shape)
     wanted = {"y", *(f"d{name}" for name in problem.tensors)}
     return {key: answer for key, answer in answers.items() if key in wanted}
+
+
+def _by_adapter(problem: Problem, index: Tensor, rounding: Rounding) -> Answers:
+    """The answers for stacked trains: each adapter's for its rows alone, and those of rows without one."""
+    tensors, dy = problem.tensors, problem.dy
+    of_rows = {"x": tensors["x"], "residual": tensors.get("residual"), "mask": None}
+    if problem.dropout_p:
+        of_rows["mask"] = problem.mask()
+    none = index == -1
+    base = problem.x if isinstance(problem.residual, str) else problem.residual
+    answers: Answers = {f"d{name}": torch.zeros_like(t) for name, t in tensors.items()}
+    answers["y"] = torch.zeros_like(dy)
+    if base is not None:
+        answers["y"][none] = base[none]
+    if problem.residual is not None:
+        answers["dx" if isinstance(problem.residual, str) else "dresidual"][none] = dy[none]
+    for a in index.unique().tolist():
+        mine = index == a
+        if a == -1:
+            continue
+        own = {name: t[mine] if name in of_rows else t[a] for name, t in tensors.items()}
+        one = replace(problem.with_tensors(own), dy=dy[mine], index=None)
+        mask = None if of_rows["mask"] is None else of_rows["mask"][mine].reshape(-1, problem.x.shape[-1])
+        for name, answer in staged(one, rounding, mask).items():
+            answers[name][mine if name == "y" or name.removeprefix("d") in of_rows else a] = answer
+    return answers
 
 
 def _sides(name: str, cores: Tensor, shape: TTShape, rounding: Rounding) -> Iterator[Tensor]:

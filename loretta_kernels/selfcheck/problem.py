@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -27,6 +28,7 @@ class Problem:
         operator: "tt_linear" (of `down` alone), "tt_adapter" or "tt_lora".
         residual: "x", a tensor, or None.
         scale: a number, or a tensor that is learnt.
+        index: of stacked trains, that which a row uses, over the first of x's leading dimensions.
     """
 
     operator: str
@@ -39,6 +41,7 @@ class Problem:
     activation: str = "identity"
     dropout_p: float = 0.0
     seed: int = 11
+    index: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -71,12 +74,15 @@ class Problem:
     def to(self, where: torch.dtype | torch.device | str) -> Problem:
         """The same values in another dtype or on another device."""
         moved = self.with_tensors({name: t.to(where) for name, t in self.tensors.items()})
-        return replace(moved, dy=self.dy.to(where))
+        index = self.index if self.index is None or isinstance(where, torch.dtype) else self.index.to(where)
+        return replace(moved, dy=self.dy.to(where), index=index)
 
     def run(self, functions: Any = loretta_kernels, **changes: Any) -> Tensor:
         """y by the functions of a module: those of this package, or the definitions of `reference`."""
+        if self.index is not None:
+            changes = {"index": self.index} | changes
         if self.operator == "tt_linear":
-            return functions.tt_linear(self.x, self.down)
+            return functions.tt_linear(self.x, self.down, **changes)
         options: dict[str, Any] = {"scale": self.scale, "residual": self.x if self.residual == "x" else self.residual}
         if self.operator == "tt_adapter":
             options["activation"] = self.activation
@@ -111,9 +117,10 @@ def random_problem(
     """Normal numbers; rows in `dtype`, parameters in fp32 (fp64 for fp64).
 
     Args:
-        options: `residual` ("x", "another", "none"), `biases`, `scale`, `activation`, `dropout_p`, `param_dtype`. By
-            default as the layers call the operators: tt_adapter with x for its residual and biases, tt_lora with
-            another residual and none, tt_linear with a bias; a learnt scale; relu.
+        options: `residual` ("x", "another", "none"), `biases`, `scale`, `activation`, `dropout_p`, `param_dtype`;
+            `adapters`, how many trains are stacked, and `index`, which of them each row uses. By default as the layers
+            call the operators: tt_adapter with x for its residual and biases, tt_lora with another residual and none,
+            tt_linear with a bias; a learnt scale; relu.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,7 +195,10 @@ def _problem(
     activation: str = "relu",
     dropout_p: float = 0.0,
     param_dtype: torch.dtype | None = None,
+    adapters: int | None = None,
+    index: Tensor | None = None,
 ) -> Problem:
+    stack = () if adapters is None else (adapters,)
     lead = (rows,) if isinstance(rows, int) else tuple(rows)
     wide = param_dtype or torch.promote_types(dtype, torch.float32)
     first, last = shapes[0], shapes[-1]
@@ -196,12 +206,19 @@ def _problem(
     residual = residual or ("x" if adapts else "another" if operator == "tt_lora" else "none")
     biases = operator != "tt_lora" if biases is None else biases
     x = draw(*lead, first.in_features).to(dtype)
+
+    def stacked(one: Callable[[], Tensor]) -> Tensor:
+        return (one() if adapters is None else torch.stack([one() for _ in range(adapters)])).to(wide)
+
     trains = [
-        TT(cores(shape).to(wide), shape, draw(shape.out_features).to(wide) if biases else None) for shape in shapes
+        TT(stacked(partial(cores, shape)), shape, draw(*stack, shape.out_features).to(wide) if biases else None)
+        for shape in shapes
     ]
     other: Tensor | str | None = draw(*lead, last.out_features).to(dtype) if residual == "another" else residual
     if scale is None:
         scale = 1.0 if operator == "tt_linear" else torch.tensor(learnt_scale, dtype=wide)
+        if adapters is not None and operator != "tt_linear":
+            scale = learnt_scale * (1 + torch.arange(adapters) % 2).to(wide)
     return Problem(
         operator,
         x,
@@ -212,4 +229,5 @@ def _problem(
         scale,
         activation if adapts else "identity",
         dropout_p,
+        index=index,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from loretta_kernels import TTShape
@@ -28,7 +31,7 @@ def square(size: int, bottleneck: int, rank: int) -> tuple[TTShape, TTShape]:
 def tiny_problem(operator: str, lead=(6,), dtype=torch.float64, **options) -> Problem:
     """A small problem; the two trains lead from 12 features to 15."""
     if operator == "tt_linear":
-        return random_problem(operator, (TINY_DOWN,), lead, dtype)
+        return random_problem(operator, (TINY_DOWN,), lead, dtype, **options)
     options = ({"residual": "another"} if operator == "tt_adapter" else {}) | options
     return random_problem(operator, (TINY_DOWN, TINY_UP), lead, dtype, **options)
 
@@ -45,6 +48,7 @@ def call_of(problem: Problem) -> Call:
         problem.scale if learnt else None,
         torch.tensor(problem.seed, device=problem.x.device) if problem.dropout_p else None,
         problem.residual if isinstance(problem.residual, torch.Tensor) else None,
+        problem.index,
         problem.down.shape,
         up.shape if up else None,
         problem.residual == "x",
@@ -59,3 +63,50 @@ def assert_equal(ours: Answers, others: Answers, relative: float) -> None:
     assert ours.keys() == others.keys()
     for name, answer in ours.items():
         assert error(answer, others[name]) <= relative, f"{name}: {error(answer, others[name]):.2e}"
+
+
+def groupings(count: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """So many random indices, and how many adapters are stacked: every kind of group in turn."""
+    for case in range(count):
+        generator = torch.Generator().manual_seed(case)
+        adapters = int(torch.randint(1, 9, (), generator=generator))
+        rows = int(torch.randint(1, 40, (), generator=generator))
+        kind = case % 5
+        if kind == 0:  # one row each, some adapters without any
+            index = torch.randperm(adapters, generator=generator)[: 1 + adapters // 2]
+        elif kind == 1:  # one adapter for all
+            index = torch.full((rows,), adapters - 1)
+        elif kind == 2:  # one large group among small ones
+            index = torch.cat([torch.arange(adapters), torch.zeros(rows, dtype=torch.int64)])
+        else:
+            index = torch.randint(-1 if kind == 3 else 0, adapters, (rows,), generator=generator)
+        yield index[torch.randperm(len(index), generator=generator)], adapters
+
+
+def one_at_a_time(problem: Problem) -> Answers:
+    """The answers of stacked adapters by a call for each of them, with its rows alone."""
+    rows, tensors = ("x", "residual"), problem.tensors
+    base = problem.x if isinstance(problem.residual, str) else problem.residual
+    none = problem.index == -1
+    answers = {f"d{name}": torch.zeros_like(t) for name, t in tensors.items()} | {"y": torch.zeros_like(problem.dy)}
+    if base is not None:
+        answers["y"][none] = base[none]
+        answers["dx" if isinstance(problem.residual, str) else "dresidual"][none] = problem.dy[none]
+    for a in sorted(set(problem.index.flatten().tolist()) - {-1}):
+        mine = problem.index == a
+        own = {name: t[mine] if name in rows else t[a] for name, t in tensors.items()}
+        one = replace(problem.with_tensors(own), dy=problem.dy[mine], index=None)
+        for name, answer in one.solve().items():
+            answers[name][mine if name in ("y", "dx", "dresidual") else a] = answer
+    return answers
+
+
+def assert_as_one_at_a_time(problem: Problem, relative: float) -> None:
+    """y within 1e-6, and every gradient within this relative error, of those by a call for each adapter."""
+    ours, alone = problem.solve(), one_at_a_time(problem)
+    assert error(ours["y"], alone["y"]) <= 1e-6
+    if (dscale := ours.pop("dscale", None)) is not None:  # of each adapter one sum, whose terms may cancel
+        base = problem.x if isinstance(problem.residual, str) else 0 if problem.residual is None else problem.residual
+        terms = ((alone["y"].double() - base) * problem.dy.double()).abs().sum()
+        assert (dscale - alone.pop("dscale")).abs().max() <= relative * terms
+    assert_equal(ours, alone, relative)
