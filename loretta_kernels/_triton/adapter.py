@@ -14,8 +14,17 @@ from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kerne
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
 from loretta_kernels._triton.launch import Launch
-from loretta_kernels._triton.operands import architecture, block_constants, contiguous, grads_like, rows_of
-from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Plan, plan_of
+from loretta_kernels._triton.one_pass_kernel import _one_pass_forward_kernel
+from loretta_kernels._triton.operands import (
+    architecture,
+    block_constants,
+    contiguous,
+    grads_like,
+    multiprocessors,
+    rows_of,
+    triton_dtype,
+)
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Sides, plan_of
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
 
@@ -26,33 +35,55 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     rows = rows_of(x, plan.first.size)
     base = x if call.residual_is_x else call.residual
     rows_of_base = None if base is None else rows if base is x else rows_of(base, plan.last.size)
-    N, blocks = len(rows), plan.forward_of(len(rows))
+    N = len(rows)
     y = x.new_empty(*x.shape[:-1], plan.last.size, dtype=call.y_dtype)
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    grid = plan.programs(N, blocks), plan.parts(N, blocks, plan.last)
-    launch.execute(
-        Launch(
+    args = {
+        "x_ptr": rows,
+        "residual_ptr": rows_of_base,
+        "y_ptr": y,
+        "waist_ptr": waist,
+        **_parameters(call),
+        "N": N,
+        "stride_xn": rows.stride(0),
+        "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
+        "scale": call.scale,
+    }
+    if (rows_plan := plan.one_pass) is not None:
+        programs = min(-(-N // rows_plan.n), multiprocessors(x.device))
+        constants = {
+            "BLOCK_N": rows_plan.n,
+            "BLOCK_I": rows_plan.i,
+            "BLOCK_O": rows_plan.o,
+            "DTYPE": triton_dtype(x.dtype),
+            "KEEPS_X": call.residual_is_x and rows_plan.same_matrix,
+        }
+        record = Launch(
+            _one_pass_forward_kernel,
+            (programs,),
+            args | {"tables_ptr": waist.new_empty(programs * rows_plan.table_size)},
+            {**_constants(call, rows_plan), **constants},
+            rows_plan.warps,
+            rows_plan.stages,
+        )
+    else:
+        blocks = plan.forward_of(N)
+        grid = plan.programs(N, blocks), plan.parts(N, blocks, plan.last)
+        record = Launch(
             _forward_kernel,
             grid,
+            args | {"tables_ptr": waist.new_empty(prod(grid) * plan.table_size)},
             {
-                "x_ptr": rows,
-                "residual_ptr": rows_of_base,
-                "y_ptr": y,
-                "waist_ptr": waist,
-                **_parameters(call),
-                "tables_ptr": waist.new_empty(prod(grid) * plan.table_size),
-                "N": N,
-                "stride_xn": rows.stride(0),
-                "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
-                "scale": call.scale,
+                **_constants(call, plan),
+                "BLOCK_B": plan.block_b,
+                **block_constants(plan, blocks, x.dtype, call.y_dtype),
             },
-            {**_constants(call, plan), **block_constants(plan, blocks, x.dtype, call.y_dtype)},
             blocks.warps,
             blocks.stages,
         )
-    )
+    launch.execute(record)
     return y, waist
 
 
@@ -103,6 +134,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
                 **constants,
                 **products,
                 **_constants(call, plan),
+                "BLOCK_B": plan.block_b,
                 "RESIDUAL_IS_X": call.residual_is_x,
                 "ATOMIC": atomic,
                 "PARTS": parts,
@@ -139,12 +171,11 @@ def _parameters(call: Call) -> dict[str, Tensor | None]:
     }
 
 
-def _constants(call: Call, plan: Plan) -> dict[str, Any]:
-    """The constants that both kernels take."""
+def _constants(call: Call, plan: Sides) -> dict[str, Any]:
+    """The constants that all kernels take."""
     return {
         **plan.named_sides,
         "TABLE_SIZE": plan.table_size,
-        "BLOCK_B": plan.block_b,
         "ACTIVATION": call.activation,
         "DROPOUT_P": call.dropout_p,
         "DROPPED": threshold(call.dropout_p),

@@ -39,6 +39,11 @@ def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) 
     )
 
 
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """A dtype as the kernels know it."""
+    return _DTYPES[dtype]
+
+
 def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
     """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
     dtype = x_dtype if x_dtype is y_dtype else torch.float32
@@ -46,7 +51,7 @@ def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: t
     return {
         "BLOCK_N": blocks.n,
         "BLOCK_C": blocks.c,
-        "DTYPE": _DTYPES[dtype],
+        "DTYPE": triton_dtype(dtype),
         "PRECISION": plan.precision(exact),
     }
 
@@ -65,6 +70,17 @@ def planning_for(arch: str) -> Iterator[None]:
 def architecture(device: torch.device) -> str:
     """The architecture that a plan is for: the device's, where there is a GPU."""
     return _architecture(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; an H100's where it is no GPU."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @cache
