@@ -51,22 +51,23 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
         "scale": call.scale,
     }
-    if (rows_plan := plan.one_pass) is not None:
-        programs = min(-(-N // rows_plan.n), multiprocessors(x.device))
+    if (form := plan.one_pass) is not None:
+        programs = form.programs(N, multiprocessors(x.device))
         constants = {
-            "BLOCK_N": rows_plan.n,
-            "BLOCK_I": rows_plan.i,
-            "BLOCK_O": rows_plan.o,
+            "LEVELS": form.levels,
+            "BLOCK_N": form.n,
+            "BLOCK_I": form.i,
+            "BLOCK_O": form.o,
             "DTYPE": triton_dtype(x.dtype),
-            "KEEPS_X": call.residual_is_x and rows_plan.same_matrix,
+            "KEEPS_X": call.residual_is_x and form.same_matrix,
         }
         record = Launch(
             _one_pass_forward_kernel,
             (programs,),
-            args | {"tables_ptr": waist.new_empty(programs * rows_plan.table_size)},
-            {**_constants(call, rows_plan), **constants},
-            rows_plan.warps,
-            rows_plan.stages,
+            args | {"tables_ptr": waist.new_empty(programs * form.table_size)},
+            {**_constants(call, form), **constants},
+            form.warps,
+            form.stages,
         )
     else:
         blocks = plan.forward_of(N)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from loretta_kernels._triton._common import act, cast, dropout_factor
-from loretta_kernels._triton.tiles import load_inner, load_outer, load_whole, store_tables
+from loretta_kernels._triton.row_tables import load_inner, load_outer, load_whole, store_products
 
 
 @triton.jit
@@ -57,10 +57,16 @@ def tile_ok(o, c, row_ok, S: tl.constexpr):
 
 
 @triton.jit
+def load_bias(bias_ptr, o, c, scale, S: tl.constexpr):
+    """scale · bias of the features (o, c)."""
+    ok = tile_ok(o, c, o >= 0, S)
+    return tl.load(bias_ptr + (o * S.inner)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32) * scale
+
+
+@triton.jit
 def bias_tile(bias_ptr, t, c, scale, S: tl.constexpr, DTYPE: tl.constexpr):
     """scale · bias in 16 bits: in row t = 2 o it is rounded, in the next one is what is lost by that."""
-    ok = tile_ok(t // 2, c, t >= 0, S)
-    bias = tl.load(bias_ptr + (t // 2 * S.inner)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32) * scale
+    bias = load_bias(bias_ptr, t // 2, c, scale, S)
     rounded = cast(bias, DTYPE)
     return tl.where((t % 2 == 0)[:, None], rounded, cast(bias - rounded.to(tl.float32), DTYPE))
 
@@ -90,6 +96,7 @@ def _one_pass_forward_kernel(
     LU: tl.constexpr,
     RU: tl.constexpr,
     TABLE_SIZE: tl.constexpr,
+    LEVELS: tl.constexpr,
     # blocks and flags
     ACTIVATION: tl.constexpr,
     DROPOUT_P: tl.constexpr,
@@ -103,17 +110,12 @@ def _one_pass_forward_kernel(
     """Rows of y, and of the waist, block by block."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     tables_ptr += program.to(tl.int64) * TABLE_SIZE
-    store_tables(tables_ptr, down_ptr, LD)
-    if RD is not None:
-        store_tables(tables_ptr, down_ptr, RD)
-        store_tables(tables_ptr, up_ptr, LU)
-    store_tables(tables_ptr, up_ptr, RU)
-    tl.debug_barrier()
+    store_products(tables_ptr, down_ptr, up_ptr, LD, RD, LU, RU, LEVELS)
     if learnt_scale_ptr is not None:
         scale *= tl.load(learnt_scale_ptr).to(tl.float32)
 
-    IN_BLOCKS: tl.constexpr = LD.IP // BLOCK_I
-    OUT_BLOCKS: tl.constexpr = RU.IP // BLOCK_O
+    IN_BLOCKS: tl.constexpr = tl.cdiv(LD.inner, BLOCK_I)
+    OUT_BLOCKS: tl.constexpr = tl.cdiv(RU.inner, BLOCK_O)
     IN_M: tl.constexpr = LD.OP * BLOCK_N
     OUT_M: tl.constexpr = RU.OP * BLOCK_N
     in_o = tl.arange(0, IN_M) // BLOCK_N
@@ -124,21 +126,23 @@ def _one_pass_forward_kernel(
     c = tl.arange(0, BLOCK_O)
     k = tl.arange(0, LD.QP)
 
-    down_outer = load_outer(tables_ptr, LD)
-    up_outer = load_outer(tables_ptr, RU)
+    down_outer = load_outer(tables_ptr, down_ptr, LD)
+    up_outer = load_outer(tables_ptr, up_ptr, RU)
     down_inner: tl.tuple = ()
     for j in tl.static_range(IN_BLOCKS):
-        down_inner = down_inner + (cast(load_inner(tables_ptr, j * BLOCK_I + i, 1, LD), DTYPE),)
+        down_inner = down_inner + (cast(load_inner(tables_ptr, down_ptr, j * BLOCK_I + i, LD), DTYPE),)
     up_inner: tl.tuple = ()
     up_bias: tl.tuple = ()
-    t = tl.arange(0, max(16, 2 * RU.OP))
-    one_hot = cast(tl.where(out_o[:, None] == (t // 2)[None, :], 1.0, 0.0), DTYPE)
+    BIAS_BY_DOT: tl.constexpr = up_bias_ptr is not None and RU.OP <= 16
+    if BIAS_BY_DOT:
+        t = tl.arange(0, max(16, 2 * RU.OP))
+        one_hot = cast(tl.where(out_o[:, None] == (t // 2)[None, :], 1.0, 0.0), DTYPE)
     for j in tl.static_range(OUT_BLOCKS):
-        up_inner = up_inner + (tl.trans(cast(load_inner(tables_ptr, j * BLOCK_O + c, 2, RU), DTYPE)),)
-        if up_bias_ptr is not None:
+        up_inner = up_inner + (cast(load_inner(tables_ptr, up_ptr, j * BLOCK_O + c, RU), DTYPE),)
+        if BIAS_BY_DOT:
             up_bias = up_bias + (bias_tile(up_bias_ptr, t, j * BLOCK_O + c, scale, RU, DTYPE),)
     if RD is not None:
-        down_table, up_table = load_whole(tables_ptr, RD), tl.trans(load_whole(tables_ptr, LU))
+        down_table, up_table = load_whole(tables_ptr, down_ptr, RD), tl.trans(load_whole(tables_ptr, up_ptr, LU))
         b = tl.arange(0, RD.IP)
         if down_bias_ptr is not None:
             down_bias = tl.load(down_bias_ptr + b, mask=b < RD.size, other=0.0).to(tl.float32)
@@ -173,9 +177,12 @@ def _one_pass_forward_kernel(
         for j in tl.static_range(OUT_BLOCKS):
             ok = tile_ok(out_o, j * BLOCK_O + c, rows < N, RU)
             y = tl.full([OUT_M, BLOCK_O], 0, tl.float32)
-            if up_bias_ptr is not None:
+            if BIAS_BY_DOT:
                 y = tl.dot(one_hot, up_bias[j], y)
             y = tl.dot(w, up_inner[j], y)
+            if up_bias_ptr is not None and not BIAS_BY_DOT:
+                bias = load_bias(up_bias_ptr, tl.arange(0, RU.OP), j * BLOCK_O + c, scale, RU)
+                y = (y.reshape(RU.OP, BLOCK_N, BLOCK_O) + bias[:, None, :]).reshape(OUT_M, BLOCK_O)
             offs = (out_o * RU.inner)[:, None] + (j * BLOCK_O + c)[None, :]
             if KEEPS_X:
                 y += xs[j].to(tl.float32)

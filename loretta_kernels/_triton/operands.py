@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
-from loretta_kernels._triton.plan import Blocks, Plan
+from loretta_kernels._triton.plan import MULTIPROCESSORS, Blocks, Plan
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DEFAULT_ARCHITECTURE = os.environ.get(PTX_VARIABLE) or "sm_90"
@@ -74,7 +74,7 @@ def architecture(device: torch.device) -> str:
 
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; an H100's where it is no GPU."""
-    return _multiprocessors(device.index) if device.type == "cuda" else 132
+    return _multiprocessors(device.index) if device.type == "cuda" else MULTIPROCESSORS
 
 
 @cache

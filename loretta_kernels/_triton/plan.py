@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, row_sides, sides
+from loretta_kernels._triton.row_side import RowSide, row_sides
+from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, sides
 from loretta_kernels.shape import TTShape
 
 MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the tables made once
 MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
+MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
 MAX_PARTS = 64
 
@@ -26,6 +28,11 @@ class Blocks:
     c: int
     warps: int
     stages: int
+
+    @property
+    def words(self) -> str:
+        """In words."""
+        return f"{self.n} rows and {self.c} features at a time"
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,38 @@ class OnePass(Sides):
     """How an operator runs that keeps whole rows on the chip.
 
     Args:
+        sides: narrower than those of `Plan`.
         n: rows at a time.
         i, o: inner features of x and of y that one product takes.
         warps, stages: the compiler's options.
     """
 
+    sides: tuple[RowSide, ...]
     n: int
     i: int
     o: int
     warps: int
     stages: int
 
+    def programs(self, N: int, multiprocessors: int) -> int:
+        """How many programs share the rows: each makes its tables once."""
+        return min(-(-N // self.n), multiprocessors)
+
+    @cached_property
+    def levels(self) -> int:
+        """Cores of the longest factor."""
+        return max(side.levels for side in self.sides)
+
+    @property
+    def words(self) -> str:
+        """In words."""
+        first, last = self.sides[0], self.sides[-1]
+        return f"{self.n} whole rows at a time, {first.outer} x {first.inner} in and {last.outer} x {last.inner} out"
+
     @property
     def same_matrix(self) -> bool:
         """Whether rows of x and of y are the same matrix, so that x is a residual that needs no second reading."""
-        first, last = self.first, self.last
+        first, last = self.sides[0], self.sides[-1]
         return (first.outer, first.inner, self.i) == (last.outer, last.inner, self.o)
 
 
@@ -243,20 +267,21 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     rows, threads = 16 if rank == "low" else 32, few.warps * (64 if arch.startswith("gfx") else 32)
     few = replace(few, n=rows, c=max(few.c, 16 * threads // (itemsize * rows)), stages=min(few.stages, 2))
     kernels = few, row.forward, row.few_backward or row.backward, row.backward
-    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
+    few, forward, few_backward, backward = (_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels)
+    return Plan(all_sides, arch, few, forward, few_backward, backward)
 
 
-def _one_pass(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> OnePass | None:
+def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePass | None:
     """The form that keeps whole rows on the chip, where they fit: for tensor cores that read shared memory."""
     first, last = all_sides[0], all_sides[-1]
-    if itemsize != 2 or arch not in ("sm_90",) or not (first.has_light and last.has_light):
+    if itemsize != 2 or arch not in ("sm_90",) or not (first.is_cut and last.is_cut):
         return None
-    if any(side.heavy_is_core or side.KP > 16 or side.A > 8 for side in all_sides):
+    if any(side.K > 8 or side.A > 8 for side in all_sides):
         return None
-    if any(side.has_light or side.size > 128 for side in all_sides[1:-1]) or min(first.IP, last.IP) < 16:
+    if any(side.size > 128 for side in all_sides[1:-1]) or min(first.IP, last.IP) < 16:
         return None
     i, o = min(64, first.IP), min(64, last.IP)
-    for n in (16, 8, 4):
+    for n in (16, 8, 4, 2):
         tiles = n * first.OP * first.IP, n * last.OP * last.IP
         if n * max(first.OP, last.OP) <= 256 and tiles[0] <= 32768 and tiles[1] <= 131072:
             return OnePass(all_sides, n, i, o, 8, 2)

@@ -11,7 +11,7 @@ side of few features, such as the bottleneck, is not cut: it is all heavy, and A
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
@@ -21,7 +21,6 @@ ALIGN = 32  # elements: a table starts on a line of 128 bytes
 WHOLE = 512  # features up to which a side is one table
 KEPT = 8  # heavy rows that a program keeps in registers
 LARGEST_COPY = 16384  # elements of a single core that are worth copying into a table
-INNER = 256  # inner features that a tile of whole rows has at best
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -91,36 +90,6 @@ class Side:
     def second(self) -> int:
         """Features of the second factor: feature c is (c // second, c % second)."""
         return prod(self.modes[self.split :])
-
-    @cached_property
-    def outer(self) -> int:
-        """Features of the first factor."""
-        return self.size // self.second
-
-    @property
-    def inner(self) -> int:
-        """Features of the second factor."""
-        return self.second
-
-    @cached_property
-    def OP(self) -> int:
-        """Outer features of a tile of whole rows."""
-        return next_power_of_2(self.outer)
-
-    @cached_property
-    def IP(self) -> int:
-        """Inner features of a tile of whole rows, or those of a side that is not cut."""
-        return next_power_of_2(self.inner if self.has_light else self.size)
-
-    @cached_property
-    def AP(self) -> int:
-        """Bond indices of a tile of whole rows."""
-        return max(8, next_power_of_2(self.A))
-
-    @cached_property
-    def QP(self) -> int:
-        """Waist indices of a tile of whole rows."""
-        return max(8, next_power_of_2(self.K))
 
     @cached_property
     def heavy(self) -> tuple[int, int]:
@@ -280,23 +249,6 @@ def sides(shape: TTShape, table: int = 0, grad: int = 0) -> tuple[Side, Side]:
     left = _side(True, shape.in_modes, shape.bond_ranks[: cut + 1], in_factor, 0, table, grad)
     right = _side(False, shape.out_modes, shape.bond_ranks[cut:], out_factor, start, left.table_end, left.grad_end)
     return left, right
-
-
-def row_sides(down: TTShape, up: TTShape | None) -> tuple[Side, ...]:
-    """The sides of one train, or of two, for tiles of whole rows: those of the rows are cut, the middle is not.
-
-    A cut makes a row a matrix [outer, inner]: the one that fills a tile best, of about `INNER` inner features.
-    """
-    found: list[Side] = []
-    given = sides(down) if up is None else (*sides(down), *sides(up))
-    for index, side in enumerate(given):
-        table, grad = (found[-1].table_end, found[-1].grad_end) if found else (0, 0)
-        side = replace(side, table=table, grad=grad)
-        if index in (0, len(given) - 1):
-            cuts = (replace(side, split=split) for split in range(1, side.count))
-            side = min(cuts, key=lambda cut: (cut.OP * cut.IP, abs(cut.inner - INNER)), default=side)
-        found.append(side)
-    return tuple(found)
 
 
 def _side(

@@ -162,39 +162,3 @@ def add_grad(grads_ptr, c, dtile, S: tl.constexpr, ATOMIC: tl.constexpr):
     LAST: tl.constexpr = S.K if S.is_input else S.K + 1
     ptrs = grads_ptr + S.grad + c[:, None] * S.grad_c + k[None, :] * S.grad_k
     add_to(ptrs, dtile, (c < S.size)[:, None] & (k < LAST)[None, :], ATOMIC)
-
-
-@triton.jit
-def load_outer(tables_ptr, S: tl.constexpr):
-    """The outer factor: [o, a] of L, [k, (o, a)] of R; zero beyond its sizes."""
-    if S.is_input:
-        o, a = tl.arange(0, S.OP)[:, None], tl.arange(0, S.AP)[None, :]
-        outer = tl.load(tables_ptr + S.light_table + o * S.A + a, mask=(o < S.outer) & (a < S.A), other=0.0)
-    else:
-        k, oa = tl.arange(0, S.QP)[:, None], tl.arange(0, S.OP * S.AP)[None, :]
-        o, a = oa // S.AP, oa % S.AP
-        ok = (k < S.K) & (o < S.outer) & (a < S.A)
-        outer = tl.load(tables_ptr + S.heavy_table + (a * S.outer + o) * S.KS + k, mask=ok, other=0.0)
-    return outer
-
-
-@triton.jit
-def load_inner(tables_ptr, i, REPEATED: tl.constexpr, S: tl.constexpr):
-    """The inner factor: [i, (a, k)] of L, [i, a] of R with every column repeated; zero beyond its sizes."""
-    i = i[:, None]
-    if S.is_input:
-        ak = tl.arange(0, S.AP * S.QP)[None, :]
-        a, k = ak // S.QP, ak % S.QP
-        ok = (i < S.inner) & (a < S.A) & (k < S.K)
-        inner = tl.load(tables_ptr + S.heavy_table + (a * S.inner + i) * S.KS + k, mask=ok, other=0.0)
-    else:
-        a = tl.arange(0, REPEATED * S.AP)[None, :] // REPEATED
-        inner = tl.load(tables_ptr + S.light_table + i * S.A + a, mask=(i < S.inner) & (a < S.A), other=0.0)
-    return inner
-
-
-@triton.jit
-def load_whole(tables_ptr, S: tl.constexpr):
-    """A side that is not cut, [k, features]; zero beyond its sizes."""
-    k, c = tl.arange(0, S.QP)[:, None], tl.arange(0, S.IP)[None, :]
-    return tl.load(tables_ptr + S.heavy_table + c * S.KS + k, mask=(k < S.K) & (c < S.size), other=0.0)
