@@ -278,7 +278,9 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
         return None
     if any(side.K > 8 or side.A > 8 for side in all_sides):
         return None
-    if any(side.size > 128 for side in all_sides[1:-1]) or min(first.IP, last.IP) < 16:
+    if any(side.size > 128 for side in all_sides[1:-1]):
+        return None
+    if any(side.inner % 8 or side.inner < 16 for side in (first, last)):  # 16 bytes, and eight elements of a mask
         return None
     i, o = min(64, first.IP), min(64, last.IP)
     for n in (16, 8, 4, 2):
