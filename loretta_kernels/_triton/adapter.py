@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kerne
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
 from loretta_kernels._triton.launch import Launch, Variant
+from loretta_kernels._triton.one_pass_kernel import _one_pass_forward_kernel
 from loretta_kernels._triton.operands import (
     DTYPES,
     architecture,
     contiguous,
     grads_like,
     largest_group,
+    multiprocessors,
     rows_of,
     shares_of,
 )
@@ -32,7 +35,7 @@ from loretta_kernels.shape import TTShape
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist `[N, K]`."""
     x = call.x
-    plan, variants = _variants(_forward_kernel, *_what(call, call.y_dtype))
+    plan, variants = _variants(_forward_kernel, *_what(call, call.y_dtype), call.residual_is_x)
     rows, stride = rows_of(x, plan.first.size)
     base, base_stride = (rows, stride) if call.residual_is_x else (None, 0)
     if call.residual is not None:
@@ -42,23 +45,30 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    blocks = plan.forward_of(largest_group(call, N))
-    programs, _, pointers, _ = shares_of(call, plan, N, blocks)
-    parts = plan.parts(N, blocks, plan.last)
+    grid: tuple[int, ...]
+    pointers: dict[str, Tensor | None] = {}
+    if plan.one_pass is not None and call.adapter is None:
+        variant, grid = variants(None), (plan.one_pass.programs(N, multiprocessors(x.device)),)
+        tables = grid[0] * plan.one_pass.table_size
+    else:
+        blocks = plan.forward_of(largest_group(call, N))
+        programs, _, pointers, _ = shares_of(call, plan, N, blocks)
+        variant, grid = variants(blocks), (programs, plan.parts(N, blocks, plan.last))
+        tables = prod(grid) * plan.table_size
     args = {
         "x_ptr": rows,
         "residual_ptr": base,
         "y_ptr": y,
         "waist_ptr": waist,
         **_parameters(call),
-        "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+        "tables_ptr": waist.new_empty(tables),
         **pointers,
         "N": N,
         "stride_xn": stride,
         "stride_rn": base_stride,
         "scale": call.scale,
     }
-    launch.execute(Launch(variants(blocks), (programs, parts), args))
+    launch.execute(Launch(variant, grid, args))
     return y, waist
 
 
@@ -140,7 +150,7 @@ def _variants(
     residual_is_x: bool = False,
     atomic: bool = True,
 ) -> tuple[Plan, Callable[..., Variant]]:
-    """The plan, and the kernel's variants by the blocks and the parts that a call is made with."""
+    """The plan, and the kernel's variants by the blocks and parts that a call is made with; for whole rows by None."""
     plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch)
     # The products with rows are in fp32 unless x and y share 16 bits.
     dtype = x_dtype if x_dtype is y_dtype else torch.float32
@@ -162,10 +172,26 @@ def _variants(
     }
 
     @cache
-    def variant(blocks: Blocks, parts: int = 1) -> Variant:
-        all_of_them = {**constants, "BLOCK_N": blocks.n, "BLOCK_C": blocks.c, "PARTS": parts}
-        taken = {name: value for name, value in all_of_them.items() if name in kernel.arg_names}
-        return Variant(kernel, taken, blocks.warps, 1 if kernel is _sum_kernel else blocks.stages)
+    def variant(blocks: Blocks | None, parts: int = 1) -> Variant:
+        if blocks is None and plan.one_pass is not None:
+            form, used = plan.one_pass, _one_pass_forward_kernel
+            of_blocks = {
+                **form.named_sides,
+                "TABLE_SIZE": form.table_size,
+                "LEVELS": form.levels,
+                "BLOCK_N": form.n,
+                "BLOCK_I": form.i,
+                "BLOCK_O": form.o,
+                "KEEPS_X": residual_is_x and form.same_matrix,
+            }
+            warps, stages = form.warps, form.stages
+        else:
+            assert blocks is not None
+            used, of_blocks = kernel, {"BLOCK_N": blocks.n, "BLOCK_C": blocks.c, "PARTS": parts}
+            warps, stages = blocks.warps, 1 if kernel is _sum_kernel else blocks.stages
+        all_of_them = constants | of_blocks
+        taken = {name: value for name, value in all_of_them.items() if name in used.arg_names}
+        return Variant(used, taken, warps, stages)
 
     return plan, variant
 

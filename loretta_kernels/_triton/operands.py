@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
-from loretta_kernels._triton.plan import MAX_PROGRAMS, Blocks, Plan
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MULTIPROCESSORS, Blocks, Plan
 from loretta_kernels.call import Call
 from loretta_kernels.groups import sorted_of
 
@@ -91,6 +91,17 @@ def planning_for(arch: str) -> Iterator[None]:
 def architecture(device: torch.device) -> str:
     """The architecture that a plan is for: the device's, where there is a GPU."""
     return _architecture(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; an H100's where it is no GPU."""
+    return _multiprocessors(device.index) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @cache
