@@ -38,6 +38,8 @@ def device_section(folder: Path, runs: Sequence[Run]) -> str:
         if records:
             plot_operator(records, folder / f"{benchmark}.png", f"{benchmark}, {runs[0]['device']}")
             parts += [f"### {benchmark}: {title}", f"![{benchmark}]({folder.name}/{benchmark}.png)", _operator(records)]
+    if grouped := records_of(runs, "grouped"):
+        parts += ["### Rows that use different adapters", _grouped(grouped)]
     if training := records_of(runs, "training_step"):
         plot_training(training, folder / "training_step.png", f"training step, {runs[0]['device']}")
         parts += ["### A training step", f"![training step]({folder.name}/training_step.png)"]
@@ -110,6 +112,26 @@ def _reasons(records: Iterable[dict[str, Any]]) -> str:
         for name, error in record.get("red", {}).items()
     }
     return "".join(f"\n\nNot measured: {'; '.join(sorted(reasons))}." for reasons in (missing | wrong,) if reasons)
+
+
+def _grouped(records: Sequence[dict[str, Any]]) -> str:
+    """A line for each layer and number of adapters."""
+    others = list(dict.fromkeys(name for record in records for name in record["peers"] if name != OURS))
+    header = ["mode", "kind", "d", "rows", "adapters", "forward ms", "backward ms", "spread"]
+    rows = []
+    for record in records:
+        found = record["peers"]
+        ours = found[OURS]
+        row = [record[key] for key in ("mode", "kind", "d", "rows", "adapters")]
+        row += [f"{ours['forward']:.3g}", f"{ours['backward']:.3g}", f"{ours['spread']:.0%}"]
+        row += [f"{found[name]['both'] / ours['both']:.2f}" if name in found else "-" for name in others]
+        rows.append([*row, f"{record['drift']:+.1%}"])
+    text = (
+        "One layer without its frozen product, from adapters that PEFT holds; `loop` is what unlike adapters get, "
+        "`stacked` the same from stacked tensors, `one for all` one adapter for all rows. Serving is forward alone, "
+        "training has the gradients of x and of every adapter."
+    )
+    return f"{text}\n\n{table([*header, *(f'{name} / ours' for name in others), 'drift'], rows)}"
 
 
 def _training(record: dict[str, Any]) -> str:

@@ -144,7 +144,7 @@ class LorettaLayer(Merging):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         given = set(adapter_names)
-        names = tuple(sorted(name for name in given if self.has_adapter(name)))
+        names = tuple(sorted(given & getattr(self, self.adapter_layer_names[0]).keys()))
         if len(given) == 1:
             return [([name], None) for name in names]
         if len(names) > 1 and (trains := stacked(self, names)) is not None:

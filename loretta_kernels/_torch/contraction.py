@@ -71,8 +71,9 @@ class RowsSnapshot(Snapshot):
         self.identity, self.chosen = _identity(stack), chosen
         self.value = stack.detach().index_select(0, chosen)
 
-    def is_of(self, stack: Tensor) -> bool:
-        """As `Snapshot.is_of`, of the chosen rows."""
+    def is_of(self, value: Any) -> bool:
+        """As `Snapshot.is_of`, of a stack, or of a pair of a stack and the same chosen rows."""
+        stack: Tensor = value[0] if isinstance(value, tuple) else value
         if getattr(_local, "frozen", False):
             return self.identity is not None and self.identity == _identity(stack)
         return stack.device.type == "cpu" and torch.equal(stack.detach().index_select(0, self.chosen), self.value)
@@ -132,10 +133,14 @@ class Contraction:
         self.L = self.Lt.mT
 
     def derived(self, name: str, inputs: Sequence[Any], make: Callable[[], Any]) -> Any:
-        """What `make` computes from this contraction and the inputs; its latest result where they are the same."""
+        """What `make` computes from this contraction and the inputs; its latest result where they are the same.
+
+        Of a stack an input is a pair: it, and which of its rows count.
+        """
         known = self._derived.get(name)
         if known is None or not all(old.is_of(new) for old, new in zip(known[0], inputs, strict=True)):
-            known = self._derived[name] = [Snapshot(value) for value in inputs], make()
+            snapshots = [RowsSnapshot(*value) if isinstance(value, tuple) else Snapshot(value) for value in inputs]
+            known = self._derived[name] = snapshots, make()
         return known[1]
 
     def dcores(self, dLt: Tensor, dR: Tensor) -> Tensor:

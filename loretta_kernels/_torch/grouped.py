@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,7 @@ CPU_BLOCK = 1 << 17  # elements of rows that stay in a CPU core's cache
 
 @dataclass(frozen=True)
 class _Parameters:
-    """What depends on the parameters of the adapters in use, each with G for its first dimension.
-
-    y = residual + act(s · R_d + b_d) · M · R + b, with M = scale · L_u; without a hidden layer s · M · R + b.
-    """
+    """What depends on the parameters of the adapters in use, as in `adapter`, each with G for its first dimension."""
 
     down: Contraction
     last: Contraction
@@ -39,6 +37,12 @@ class _Parameters:
     scale: float | Tensor
     U: Tensor
     M: Tensor
+    ones: Tensor | None
+    R: Tensor
+
+    def z(self, a: Tensor, groups: slice) -> Tensor:
+        """a · M, with a column of ones where there is a bias."""
+        return a @ self.M[groups] if self.ones is None else torch.baddbmm(self.ones, a, self.M[groups])
 
 
 @dataclass(frozen=True)
@@ -77,30 +81,45 @@ class _Block:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist s `[N, K]`; of rows without an adapter the residual, and 0."""
+    waist = call.x.new_zeros(prod(call.x.shape[:-1]), call.down_shape.waist, dtype=call.sum_dtype)
+    return _y(call, waist), waist
+
+
+def infer(call: Call) -> Tensor:
+    """y alone, for a call without gradients."""
+    return _y(call, None)
+
+
+def _y(call: Call, waist: Tensor | None) -> Tensor:
+    """y; the waist is written where there is one."""
     known, x, dtype = _sorted(call), _rows_of(call.x), call.sum_dtype
     base = x if call.residual_is_x else None if call.residual is None else _rows_of(call.residual)
     y = x.new_empty(*call.x.shape[:-1], call.out_features, dtype=call.y_dtype)  # no view, as in `adapter`
     rows_of_y = y.view(-1, call.out_features)
-    waist = x.new_zeros(len(x), call.down_shape.waist, dtype=dtype)
-    parameters = _parameters(call, known) if known.present else None
-    for block in _blocks(call, known):
-        assert parameters is not None
-        mine = block.of(x)
-        s = _product_with_t(_dropped(call, block, mine), parameters.down.Lt[block.groups])
-        block.put(waist, s)
-        _, a = _hidden(call, parameters, block, s)
-        z, R = a @ parameters.M[block.groups], parameters.last.R[block.groups]
-        if base is None or base.dtype is not dtype:
-            out = z @ R
-            if base is not None:
-                out += mine if base is x else block.of(base)
-        else:
-            out = torch.baddbmm(mine if base is x else block.of(base), z, R)
-        if parameters.bias is not None:
-            out += parameters.bias[block.groups, None]
-        block.put(rows_of_y, out)
     _put_rest(rows_of_y, known, call, base)
-    return y, waist
+    if not known.present:
+        return y
+    p = _parameters(call, known)
+    # One product fewer, for parameters that stay the same.
+    folded = waist is None and p.bias is None and not has_hidden(call)
+    R = p.last.derived("M · R", (p.M,), lambda: p.M @ p.R) if folded else p.R
+    for block in _blocks(call, known):
+        mine, groups = block.of(x), block.groups
+        s = _product_with_t(_dropped(call, block, mine), p.down.Lt[groups])
+        if waist is not None:
+            block.put(waist, s)
+        _, a = _hidden(call, p, block, s)
+        z = a if folded else p.z(a, groups)
+        own = mine if base is x else None if base is None else block.of(base)
+        if own is not None and own.dtype is dtype:
+            gathered = isinstance(block.rows, Tensor)  # else it is a view
+            out = own.baddbmm_(z, R[groups]) if gathered else torch.baddbmm(own, z, R[groups])
+        else:
+            out = z @ R[groups]
+            if own is not None:
+                out += own
+        block.put(rows_of_y, out)
+    return y
 
 
 def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -120,9 +139,9 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         return tuple(grads)
     p = _parameters(call, known)
     one_train, is_hidden, G, K = call.up is None, has_hidden(call), len(known.present), p.U.shape[2]
-    needs_bias = p.bias is not None and (needs_dscale or (needs_ddown_bias if one_train else needs_dup_bias))
+    needs_bias = p.bias is not None and (needs_ddown_bias if one_train else needs_dup_bias)
     sums = {
-        "R": p.last.R.new_empty(G, K + needs_bias, call.out_features),
+        "R": torch.empty_like(p.R),
         "U": torch.empty_like(p.U),
         "Lt": torch.empty_like(p.down.Lt) if needs_ddown else None,
         "R_down": torch.empty_like(p.down.R) if is_hidden else None,
@@ -141,11 +160,10 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
     for block in _blocks(call, known):
         s, dy_block = block.of(waist), block.of(rows_of_dy).to(dtype)
         h, a = _hidden(call, p, block, s)
-        M, z = p.M[block.groups], a @ p.M[block.groups]
-        add("R", block, F.pad(z, (0, 1), value=1.0) if needs_bias else z, dy_block)
-        dz = _product_with_t(dy_block, p.last.R[block.groups])
+        add("R", block, p.z(a, block.groups), dy_block)
+        dz = _product_with_t(dy_block, p.R[block.groups, :K])
         add("U", block, a, dz)
-        ds = dz @ M.mT
+        ds = dz @ p.M[block.groups, :, :K].mT
         if h is not None:
             dh = ACTIVATIONS[call.activation][1](ds, h, a)
             add("R_down", block, s, dh)
@@ -177,9 +195,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
     if needs_dscale:
         total = (dU * p.U).sum((1, 2))
         if p.bias is not None:
-            raw = call.down_bias if one_train else call.up_bias
-            assert raw is not None
-            total = total + (dR[:, -1] * raw.index_select(0, present).to(dtype)).sum(1)
+            total = total + (dR[:, -1] * p.bias).sum(1)
         store(5, call.scale * total)
     dU, dR = dU * p.scale, dR[:, :K]
     if is_hidden:
@@ -251,19 +267,37 @@ def _parameters(call: Call, known: Sorted) -> _Parameters:
 
     down = contract_stack(call.down, present, call.down_shape, dtype)
     scale: float | Tensor = call.scale
+    scale_source: object = call.scale
     if (learnt := chosen(call.learnt_scale)) is not None:
-        scale = (scale * learnt)[:, None, None]
-    hidden_bias, bias = chosen(call.down_bias), chosen(call.up_bias)
+        scale, scale_source = (scale * learnt)[:, None, None], (call.learnt_scale, present)
     if call.up is None or call.up_shape is None:
-        last, hidden_bias, bias = down, None, hidden_bias
-        K = call.down_shape.waist
-        U = torch.eye(K, dtype=dtype, device=present.device).expand(len(present), K, K)
+        last, hidden_bias, bias_source = down, None, call.down_bias
+        U = down.derived("U", (), lambda: torch.eye(len(down.R[0])).to(down.R).expand(len(present), -1, -1))
     else:
-        last = contract_stack(call.up, present, call.up_shape, dtype)
-        U = last.L if has_hidden(call) else down.R @ last.L
+        last, hidden_bias, bias_source = (
+            contract_stack(call.up, present, call.up_shape, dtype),
+            chosen(call.down_bias),
+            call.up_bias,
+        )
+        U = last.L if has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
+    M, ones = last.derived(
+        "M", (U, scale_source, call.scale, bias_source is None), lambda: _scaled(U, scale, bias_source is not None)
+    )
+    bias, R = chosen(bias_source), last.R
     if bias is not None:
-        bias = bias * (scale[:, 0] if isinstance(scale, Tensor) else scale)
-    return _Parameters(down, last, hidden_bias, bias, scale, U, U * scale)
+        sources = (bias_source, present), scale_source, call.scale
+        R = last.derived("R", sources, lambda: torch.cat([last.R, bias[:, None] * scale], dim=1))
+    return _Parameters(down, last, hidden_bias, bias, scale, U, M, ones, R)
+
+
+def _scaled(U: Tensor, scale: float | Tensor, with_ones: bool) -> tuple[Tensor, Tensor | None]:
+    """As in `adapter`."""
+    if not with_ones:
+        return U * scale, None
+    M = F.pad(U * scale, (0, 1))
+    ones = M.new_zeros(1, 1, M.shape[2])
+    ones[..., -1] = 1
+    return M, ones
 
 
 def _hidden(call: Call, parameters: _Parameters, block: _Block, s: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loretta_kernels._torch import grouped
 from loretta_kernels._torch.activations import ACTIVATIONS
 from loretta_kernels._torch.adapter import has_hidden, parameters_of
 from loretta_kernels.call import Call
@@ -78,7 +79,9 @@ def infer_cached(
 
 
 def infer(call: Call) -> Tensor | None:
-    """y of at most `MOST_ROWS` rows on a CPU, in fp32 or fp64; None where `forward` must serve."""
+    """y of stacked adapters, or of at most `MOST_ROWS` rows on a CPU in fp32 or fp64; None: `forward` must serve."""
+    if call.adapter is not None:
+        return grouped.infer(call)
     x = call.x
     if (
         x.device.type != "cpu"

@@ -52,7 +52,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         tables = grid[0] * plan.one_pass.table_size
     else:
         blocks = plan.forward_of(largest_group(call, N))
-        programs, _, pointers, _ = shares_of(call, plan, N, blocks)
+        programs, _, pointers, _ = shares_of(call, plan, N, blocks, MAX_PROGRAMS)
         variant, grid = variants(blocks), (programs, plan.parts(N, blocks, plan.last))
         tables = prod(grid) * plan.table_size
     args = {

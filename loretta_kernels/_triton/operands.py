@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
-from loretta_kernels._triton.plan import MAX_PROGRAMS, MULTIPROCESSORS, Blocks, Plan
+from loretta_kernels._triton.plan import MULTIPROCESSORS, Blocks, Plan
 from loretta_kernels.call import Call
 from loretta_kernels.groups import sorted_of
 
@@ -54,7 +54,7 @@ class Shares(NamedTuple):
     of_groups: Tensor | None
 
 
-def shares_of(call: Call, plan: Plan, N: int, blocks: Blocks, most: int = MAX_PROGRAMS) -> Shares:
+def shares_of(call: Call, plan: Plan, N: int, blocks: Blocks, most: int) -> Shares:
     """How the rows are shared by at most so many programs, and one more for each adapter."""
     if call.adapter is None:
         return Shares(plan.programs(N, blocks, most), 1, {"order_ptr": None, "items_ptr": None}, None)

@@ -25,6 +25,7 @@ def planned(
     activation: str = "relu",
     dropout_p: float = 0.0,
     core_dtype: torch.dtype = torch.float32,
+    adapters: int = 0,
 ) -> list[Launch]:
     """The launches of a training step, forward then backward, as its layer calls the operator.
 
@@ -40,24 +41,28 @@ def planned(
         N: rows.
         arch: the architecture to plan for.
         activation, dropout_p: as `tt_adapter`; tt_lora has the identity.
+        adapters: so many are stacked, and the rows use them in turn.
     """
 
     def new(*size: int, dtype: torch.dtype = core_dtype) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
+
+    def parameter(size: int) -> Tensor:
+        return new(adapters, size) if adapters else new(size)
 
     first, last = shapes[0], shapes[-1]
     x, dy = new(N, first.in_features, dtype=dtype), new(N, last.out_features, dtype=dtype)
     adapts, two = operator == "tt_adapter", operator != "tt_linear"
     call = Call(
         x,
-        new(first.num_params),
-        None if operator == "tt_lora" else new(first.out_features),
-        new(last.num_params) if two else None,
-        new(last.out_features) if adapts else None,
+        parameter(first.num_params),
+        None if operator == "tt_lora" else parameter(first.out_features),
+        parameter(last.num_params) if two else None,
+        parameter(last.out_features) if adapts else None,
         learnt_scale=None,
         seed=new(1, dtype=torch.int64) if dropout_p else None,
         residual=dy if operator == "tt_lora" else None,
-        adapter=None,
+        adapter=torch.arange(N) % adapters if adapters else None,
         down_shape=first,
         up_shape=last if two else None,
         residual_is_x=adapts,

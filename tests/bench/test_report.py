@@ -97,3 +97,17 @@ def test_what_an_instrument_wrote_beside_the_runs_is_left_alone(written, tmp_pat
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "sweep.json").write_text(json.dumps({"command": "python -m bench.resources"}))
     assert "sweep" not in written(run("tt_adapter", operator(16)))
+
+
+def test_rows_of_different_adapters(written):
+    size = {"mode": "serving", "kind": "rep", "d": 576, "rows": 512, "drift": -0.01}
+    peers = {"loretta": timed(2.0), "loop": timed(9.0)}
+    records = [
+        size | {"adapters": 1, "peers": peers},
+        size | {"adapters": 64, "peers": peers | {"stacked": timed(1.0)}},
+    ]
+    header, _, one, many = written(run("grouped", *records)).split("\n\n")[-1].splitlines()
+    cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in (one, many)]
+    assert [row["loop / ours"] for row in cells] == ["4.50", "4.50"]
+    assert [row["stacked / ours"] for row in cells] == ["-", "0.50"]
+    assert cells[1]["adapters"] == "64"

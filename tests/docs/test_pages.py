@@ -42,7 +42,7 @@ def test_the_readme_is_short_enough_to_be_read() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", ["determinism", "methods", "plain-pytorch"])
+@pytest.mark.parametrize("page", ["determinism", "many-adapters", "methods", "plain-pytorch"])
 def test_python_runs_as_written(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
