@@ -17,6 +17,7 @@ MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the
 MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
 MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
+X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
 MAX_PARTS = 64
 
 
@@ -142,6 +143,11 @@ class Plan(Sides):
     def grad_size(self) -> int:
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
+
+    @cached_property
+    def chain(self) -> int:
+        """Blocks of rows that the contraction of the core gradients takes at once, where that does not spill."""
+        return 4 if self.arch == "sm_90" else 1
 
     def precision(self, exact: bool) -> str:
         """How fp32 is multiplied: AMD's matrix cores take it as it is."""
@@ -272,21 +278,17 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
 
 
 def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePass | None:
-    """The form that keeps whole rows on the chip, where they fit: for tensor cores that read shared memory."""
+    """The form that keeps whole rows on the chip, where it fits and nothing spills."""
     first, last = all_sides[0], all_sides[-1]
-    if itemsize != 2 or arch not in ("sm_90",) or not (first.is_cut and last.is_cut):
-        return None
-    if any(side.K > 8 or side.A > 8 for side in all_sides):
-        return None
-    if any(side.size > 128 for side in all_sides[1:-1]):
+    if itemsize != 2 or arch != "sm_90" or not (first.is_cut and last.is_cut):
+        return None  # other tensor cores want the factors in registers, where they do not fit
+    if any(side.K > 8 or side.A > 8 for side in all_sides) or any(side.size > 128 for side in all_sides[1:-1]):
         return None
     if any(side.inner % 8 or side.inner < 16 for side in (first, last)):  # 16 bytes, and eight elements of a mask
         return None
-    i, o = min(64, first.IP), min(64, last.IP)
     for n in (16, 8, 4, 2):
-        tiles = n * first.OP * first.IP, n * last.OP * last.IP
-        if n * max(first.OP, last.OP) <= 256 and tiles[0] <= 32768 and tiles[1] <= 131072:
-            return OnePass(all_sides, n, i, o, 8, 2)
+        if n * max(first.OP, last.OP) <= 256 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
+            return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=8, stages=2)
     return None
 
 
