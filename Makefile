@@ -46,13 +46,14 @@ test-distributed: $(DEVELOP) ## install DeepSpeed and run all tests of several p
 
 # The lowest versions are pinned in constraints-lowest.txt; the newest are what the index has. A CUDA build of torch, which
 # the index gives for all but the pinned one, takes 5 GB in each of the two environments; remove them with make clean.
-TESTED := tests/kernels tests/layers tests/serving tests/convert tests/plan tests/cli tests/test_versions.py
+TESTED := tests/kernels tests/layers tests/serving tests/store tests/serve tests/convert tests/plan tests/cli \
+	tests/test_versions.py
 test-versions: ## the tests with the lowest declared and with the newest versions, in environments under .cache
 	set -e; for set in lowest newest; do \
 		env=.cache/versions/$$set; pinned=; test $$set = newest || pinned="-c constraints-lowest.txt"; \
 		test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
 		$$env/bin/pip install --quiet --upgrade --upgrade-strategy eager $$pinned \
-			-e '.[plot,gguf]' datasets hypothesis pytest pytest-xdist; \
+			-e '.[plot,gguf,serve]' datasets httpx hypothesis pytest pytest-xdist; \
 		$$env/bin/pip list | grep -iE '^(torch|triton|transformers|peft|accelerate|safetensors|numpy) '; \
 		OMP_NUM_THREADS=1 $$env/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" $(TESTED); done
 
@@ -69,7 +70,7 @@ test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrice
 	$(BIN)/python tests/peft_suite/run.py
 
 docs: $(DEVELOP) ## write pages on the API, from docstrings, to site
-	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory site loretta '!loretta.cli' \
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory site loretta '!loretta.cli' '!loretta.serve' \
 		loretta_kernels loretta_kernels.nn '!loretta_kernels.explain'
 
 # The released implementation, GPL-3, in a folder of its own: only the benchmarks load it, under another name.

@@ -112,7 +112,7 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
     """What one launch's kernel costs."""
     from loretta_kernels._triton.compiled import compiled as compile_for
 
-    architecture = ARCHITECTURES[arch]
+    architecture, warps = ARCHITECTURES[arch], launch.options()["num_warps"]
     where = (
         case.name,
         case in FIRST_RATE,
@@ -126,7 +126,7 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
         kernel = compile_for(launch, arch)
     except Exception as error:  # whatever the compiler raises is a finding about this kernel
         what = _cause(error)
-        return Resources(*where, launch.num_warps, 0, 0, 0, 0, 0, architecture.shared_limit, 0, {}, 0.0, what)
+        return Resources(*where, warps, 0, 0, 0, 0, 0, architecture.shared_limit, 0, {}, 0.0, what)
     code = machine_code.read(kernel)
     shared = kernel.metadata.shared
     pointers = [name for name, kind in launch.source()["signature"].items() if kind.startswith("*")]
@@ -134,7 +134,7 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
     of_rows = [name for name in ("x_ptr", "dy_ptr", "residual_ptr") if name in pointers]
     return Resources(
         *where,
-        launch.num_warps,
+        warps,
         code.registers,
         code.local_bytes,
         code.local_accesses,
@@ -143,7 +143,7 @@ def compiled(case: Case, arch: str, dtype: str, rows: int, launch: Any) -> Resou
         architecture.shared_limit,
         code.tensor_core,
         {name.removesuffix("_ptr"): widths.get(name, 0) for name in of_rows},
-        architecture.occupancy(code.registers, shared, launch.num_warps),
+        architecture.occupancy(code.registers, shared, warps),
     )
 
 

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .grouped import AdapterStack
     from .model import LorettaAdpModel, LorettaRepModel
+    from .store import AdapterStore
 
 __all__ = [
     "AdapterStack",
+    "AdapterStore",
     "LorettaAdpConfig",
     "LorettaAdpModel",
     "LorettaRepConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "get_peft_model",
 ]
 _MODULES = {
+    "AdapterStore": "loretta.store",
     "AdapterStack": "loretta.grouped",
     "LorettaAdpConfig": "loretta.config",
     "LorettaAdpModel": "loretta.model",

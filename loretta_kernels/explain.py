@@ -72,16 +72,14 @@ def _lines(
             factors = f"light {side.light_size} x {side.A} · {factors}"
         yield f"  {title} [{side.size} x {side.K}] = {factors}: {side.form(block)}"
     flops = sum(2 * N * side.size * side.K for side in plan.sides)
+    form = plan.one_pass
     for kernel, blocks, (programs, moved, compulsory) in zip(
         ("forward", "backward"),
-        (plan.forward_of(N), plan.backward_of(N)),
+        (form or plan.forward_of(N), plan.backward_of(N)),
         traffic(plan, shape, up_shape, lora, size, N),
         strict=True,
     ):
-        yield (
-            f"  {kernel}: {programs} programs of {blocks.warps} warps, {blocks.n} rows and {blocks.c} features "
-            f"at a time, {blocks.stages} stages"
-        )
+        yield f"  {kernel}: {programs} programs of {blocks.warps} warps, {blocks.words}, {blocks.stages} stages"
         yield (
             f"    {_bytes(moved)} moved, {moved / max(1, compulsory):.2f} times the compulsory "
             f"{_bytes(compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
@@ -112,6 +110,8 @@ def traffic(
 
     Of activations every access counts; tables and parameters, which stay in L1, count once for each program.
     """
+    from loretta_kernels._triton.plan import MULTIPROCESSORS
+
     first, last = plan.sides[0], plan.sides[-1]
     I, O, waist = itemsize * N * first.size, itemsize * N * last.size, 4 * N * first.K
     adapts = up_shape is not None and not lora
@@ -119,11 +119,16 @@ def traffic(
     down_bias, up_bias = 4 * shape.out_features if adapts else 0, 0 if lora else 4 * last.size
     tables = 2 * 4 * plan.table_size + cores  # made from the cores, stored, and loaded
 
-    blocks = plan.forward_of(N)
-    parts = plan.parts(N, blocks, last)
-    programs = plan.programs(N, blocks) * parts
     residual = O if up_shape else 0
-    moved = parts * I + residual + O + waist + programs * (tables + down_bias) + programs // parts * up_bias
+    if form := plan.one_pass:
+        parts, programs = 1, form.programs(N, MULTIPROCESSORS)
+        again = 0 if adapts and form.same_matrix else residual
+        made = 2 * 4 * form.table_size + cores
+    else:
+        blocks = plan.forward_of(N)
+        parts = plan.parts(N, blocks, last)
+        programs, again, made = plan.programs(N, blocks) * parts, residual, tables
+    moved = parts * I + again + O + waist + programs * (made + down_bias) + programs // parts * up_bias
     forward = programs, moved, I + O + (residual if lora else 0)
 
     blocks = plan.backward_of(N)

@@ -47,7 +47,7 @@ def tt_linear(x: Tensor, train: TT, *, index: Groups | Tensor | None = None) -> 
     check_train("train", train, adapters)
     check_x(x, train.shape)
     index = _index(index, x, adapters)
-    _check_devices({"x": x, "cores": train.cores, "bias": train.bias, "index": index})
+    _check_devices(x, {"train": train}, index=index)
     return apply(Call(cast(x), train.cores, train.bias, None, None, None, None, None, index, train.shape, None))
 
 
@@ -191,11 +191,9 @@ def _adapter(
     index: Groups | Tensor | None,
 ) -> Tensor:
     """What `tt_adapter` and `tt_lora` share: the checks and the call."""
-    tensors: dict[str, Tensor | None] = {"x": x}
     adapters = None if index is None else check_stack(*next(iter(trains.items())))
     for name, train in trains.items():
         check_train(name, train, adapters)
-        tensors |= {f"cores of {name}": train.cores, f"bias of {name}": train.bias}
     down, up = trains.values()
     check_x(x, down.shape)
     if down.shape.out_features != up.shape.in_features:
@@ -220,7 +218,7 @@ def _adapter(
             learnt_scale = learnt_scale.reshape(-1).expand(adapters)
     residual_is_x = residual is x
     index = _index(index, x, adapters)
-    _check_devices(tensors | {"residual": residual, "index": index})
+    _check_devices(x, trains, residual, index)
     x, residual = cast(x), None if residual_is_x else residual
     drawn = _seed(seed, x.device) if dropout_p else None
     operands = down.cores, down.bias, up.cores, up.bias, learnt_scale, drawn, residual, index
@@ -286,12 +284,23 @@ def _check_dtype(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
 
 
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+def _check_devices(
+    x: Tensor, trains: dict[str, TT], residual: Tensor | None = None, index: Tensor | None = None
+) -> None:
     """Raise unless all tensors are on one device."""
-    device = tensors["x"].device  # type: ignore[union-attr]
-    if any(t is not None and t.device != device for t in tensors.values()):
-        found = ", ".join(f"{name} is on {t.device}" for name, t in tensors.items() if t is not None)
-        raise RuntimeError(f"all tensors must be on one device, but {found}")
+    device = x.device
+    for train in trains.values():
+        if train.cores.device != device or (train.bias is not None and train.bias.device != device):
+            break
+    else:
+        if all(t is None or t is x or t.device == device for t in (residual, index)):
+            return
+    named: dict[str, Tensor | None] = {"x": x}
+    for name, train in trains.items():
+        named |= {f"cores of {name}": train.cores, f"bias of {name}": train.bias}
+    named |= {"residual": residual, "index": index}
+    found = ", ".join(f"{name} is on {t.device}" for name, t in named.items() if t is not None)
+    raise RuntimeError(f"all tensors must be on one device, but {found}")
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

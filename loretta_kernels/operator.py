@@ -87,15 +87,17 @@ for _name, _run, _fake in (
 
 def apply(call: Call) -> Tensor:
     """y of a call with checked arguments."""
+    y: Tensor
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             return definition(call)
-    else:
-        if _is_transformed():
-            return definition(call)
-        if not torch.is_grad_enabled() and _is_plain(call.tensors):
-            return _dispatch.infer(call)
-    y: Tensor = _Adapter.apply(*call)
+        y = _Adapter.apply(*call)
+        return y
+    if _is_transformed():
+        return definition(call)
+    if not torch.is_grad_enabled() and _is_plain(call.tensors):
+        return _dispatch.infer(call)
+    y = _apply_untransformed(*call)
     return y
 
 
@@ -155,6 +157,10 @@ class _Adapter(torch.autograd.Function):
         return *wanted, None, dresidual, None, None, None, None, None, None, None
 
 
+# Without what torch does first in Python for function transforms: 3 us of 40.
+_apply_untransformed = super(torch.autograd.Function, _Adapter).apply
+
+
 def _grads(call: Call, waist: Tensor, dy: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     if dy.device != call.x.device:
         raise RuntimeError(f"the gradient of y must be on {call.x.device}, as x is, got {dy.device}")
@@ -185,8 +191,9 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether no dispatch mode is on and no tensor is a subclass, lazily negated or conjugated."""
     if is_in_torch_dispatch_mode():
         return False
-    plain = _plain_keys(next(t.device.type for t in tensors if t is not None))
-    return all(t is None or torch._C._dispatch_keys(t).raw_repr() in plain for t in tensors)
+    first = next(t for t in tensors if t is not None)
+    plain, keys = _plain_keys(first.device.type), torch._C._dispatch_keys
+    return all(t is None or keys(t).raw_repr() in plain for t in tensors)
 
 
 @cache

@@ -34,10 +34,14 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 def read_record(folder: Path) -> dict[str, Any]:
     """What this command line recorded about a folder that it wrote; empty for any other folder."""
     file = folder / RECORD
-    record = read_object(file) if file.is_file() else {}
+    return checked_record(str(file), read_object(file) if file.is_file() else {})
+
+
+def checked_record(where: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose values are accepted ones; `where` it is goes into the error."""
     for name, (is_right, wanted) in RECORDED.items():
         if name in record and not is_right(record[name]):
-            raise UserError(f"{file}: {name} must be {wanted}, not {record[name]!r}"[:300])
+            raise UserError(f"{where}: {name} must be {wanted}, not {record[name]!r}"[:300])
     return record
 
 
@@ -46,8 +50,11 @@ def adapter_base(adapter: str, args: argparse.Namespace) -> Base:
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: no adapter there (no adapter_config.json)")
-    config = read_object(folder / "adapter_config.json")
-    record = read_record(folder)
+    return base_of(adapter, read_object(folder / "adapter_config.json"), read_record(folder), args)
+
+
+def base_of(adapter: str, config: dict[str, Any], record: dict[str, Any], args: argparse.Namespace) -> Base:
+    """The base that a configuration and a record name, where the options name no other; `adapter` is for errors."""
     name = args.model or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter}: does not say what its base model is; give --model")

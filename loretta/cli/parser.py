@@ -96,6 +96,7 @@ TYPES: dict[str, Any] = {  # the types in options.json
     "at least 0": Number(int, lambda value: value >= 0, "a whole number of at least 0"),
     "at least 1": Number(int, lambda value: value >= 1, "a whole number of at least 1"),
     "at least 2": Number(int, lambda value: value >= 2, "a whole number of at least 2"),
+    "port": Number(int, lambda value: 0 <= value < 65536, "a whole number from 0 to 65535"),
     "threads": Number(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024"),
     "not negative": Number(float, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "above 0": Number(float, lambda value: 0 < value < math.inf, "a number above 0"),

@@ -88,8 +88,11 @@ def dact(h, ACTIVATION: tl.constexpr):
 def dropout_factor(
     seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p), as `philox` says."""
-    oct = (c0 // 8 + tl.arange(0, BLOCK_C // 8))[None, :] + tl.full([BLOCK_N, 1], 0, tl.int32)
+    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p), as `philox` says.
+
+    c0, a multiple of 8, is the same for all rows, or one for each.
+    """
+    oct = (c0 // 8 + tl.full([BLOCK_N], 0, tl.int32))[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]
     row = rows[:, None] + tl.full([1, BLOCK_C // 8], 0, tl.int64)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     oct = oct.to(tl.uint32)

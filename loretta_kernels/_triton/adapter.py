@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -13,65 +14,71 @@ from loretta_kernels._triton import launch
 from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kernel
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
-from loretta_kernels._triton.launch import Launch
+from loretta_kernels._triton.launch import Launch, Variant
+from loretta_kernels._triton.one_pass_kernel import _one_pass_forward_kernel
 from loretta_kernels._triton.operands import (
+    DTYPES,
     architecture,
-    block_constants,
     contiguous,
     grads_like,
     largest_group,
+    multiprocessors,
     rows_of,
     shares_of,
 )
-from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Plan, plan_of
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Blocks, Plan, plan_of
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
+from loretta_kernels.shape import TTShape
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist `[N, K]`."""
-    x, plan = call.x, plan_of(call.down_shape, call.up_shape, call.y_dtype.itemsize, architecture(call.x.device))
-    rows = rows_of(x, plan.first.size)
-    base = x if call.residual_is_x else call.residual
-    rows_of_base = None if base is None else rows if base is x else rows_of(base, plan.last.size)
-    N = len(rows)
-    blocks = plan.forward_of(largest_group(call, N))
+    x = call.x
+    plan, variants = _variants(_forward_kernel, *_what(call, call.y_dtype), call.residual_is_x)
+    rows, stride = rows_of(x, plan.first.size)
+    base, base_stride = (rows, stride) if call.residual_is_x else (None, 0)
+    if call.residual is not None:
+        base, base_stride = rows_of(call.residual, plan.last.size)
+    N = x.numel() // plan.first.size
     y = x.new_empty(*x.shape[:-1], plan.last.size, dtype=call.y_dtype)
     waist = x.new_empty(N, plan.first.K, dtype=torch.float32)
     if N == 0:
         return y, waist
-    shares = shares_of(call, plan, N, blocks, MAX_PROGRAMS)
-    grid = shares.programs, plan.parts(N, blocks, plan.last)
-    launch.execute(
-        Launch(
-            _forward_kernel,
-            grid,
-            {
-                "x_ptr": rows,
-                "residual_ptr": rows_of_base,
-                "y_ptr": y,
-                "waist_ptr": waist,
-                **_parameters(call),
-                "tables_ptr": waist.new_empty(prod(grid) * plan.table_size),
-                **shares.pointers,
-                "N": N,
-                "stride_xn": rows.stride(0),
-                "stride_rn": 0 if rows_of_base is None else rows_of_base.stride(0),
-                "scale": call.scale,
-            },
-            {**_constants(call, plan), **block_constants(plan, blocks, x.dtype, call.y_dtype)},
-            blocks.warps,
-            blocks.stages,
-        )
-    )
+    grid: tuple[int, ...]
+    pointers: dict[str, Tensor | None] = {}
+    if plan.one_pass is not None and call.adapter is None:
+        variant, grid = variants(None), (plan.one_pass.programs(N, multiprocessors(x.device)),)
+        tables = grid[0] * plan.one_pass.table_size
+    else:
+        blocks = plan.forward_of(largest_group(call, N))
+        programs, _, pointers, _ = shares_of(call, plan, N, blocks, MAX_PROGRAMS)
+        variant, grid = variants(blocks), (programs, plan.parts(N, blocks, plan.last))
+        tables = prod(grid) * plan.table_size
+    args = {
+        "x_ptr": rows,
+        "residual_ptr": base,
+        "y_ptr": y,
+        "waist_ptr": waist,
+        **_parameters(call),
+        "tables_ptr": waist.new_empty(tables),
+        **pointers,
+        "N": N,
+        "stride_xn": stride,
+        "stride_rn": base_stride,
+        "scale": call.scale,
+    }
+    launch.execute(Launch(variant, grid, args))
     return y, waist
 
 
 def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, None for the others."""
-    x, plan = call.x, plan_of(call.down_shape, call.up_shape, dy.dtype.itemsize, architecture(call.x.device))
-    rows, rows_of_dy = rows_of(x, plan.first.size), rows_of(dy, plan.last.size)
-    N, blocks = len(rows), plan.backward_of(len(rows))
+    x, atomic = call.x, not torch.are_deterministic_algorithms_enabled()
+    plan, variants = _variants(_backward_kernel, *_what(call, dy.dtype), call.residual_is_x, atomic)
+    rows, stride = rows_of(x, plan.first.size)
+    rows_of_dy, dy_stride = rows_of(dy, plan.last.size)
+    N = x.numel() // plan.first.size
     grads = dx, ddown, ddown_bias, dup, dup_bias, dscale = grads_like(call.differentiable, needs, N)
     if N == 0:
         return grads
@@ -81,7 +88,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
                 grad.zero_()
     if call.up is None:  # of one train, the output side stands where the second train's does
         dup, ddown_bias, dup_bias = ddown, None, ddown_bias
-    atomic = not torch.are_deterministic_algorithms_enabled()
+    blocks = plan.backward_of(N)
     programs, groups, pointers, of_groups = shares_of(call, plan, N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
     parts = plan.parts(N, blocks, plan.first, plan.last)
     parameters = _parameters(call)
@@ -96,59 +103,97 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "scratch_ptr": waist.new_empty(groups * plan.scratch_size),
         "scale": call.scale,
     }
+    args = {
+        **shared,
+        **parameters,
+        "dy_ptr": rows_of_dy,
+        "x_ptr": rows,
+        "waist_ptr": waist,
+        "dx_ptr": dx,
+        "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+        **pointers,
+        "N": N,
+        "stride_dyn": dy_stride,
+        "stride_xn": stride,
+    }
+    launch.execute(Launch(variants(blocks, parts), (programs, parts), args))
+    if not atomic and any(needs[1:]) and groups:
+        sums = {
+            **shared,
+            "sums_ptr": waist.new_zeros(groups * plan.grad_size),
+            "groups_ptr": of_groups,
+            "programs": programs,
+        }
+        _, variants = _variants(_sum_kernel, *_what(call, dy.dtype))
+        launch.execute(Launch(variants(blocks), (sum_blocks(plan.arrived), groups), sums))
+    return grads
+
+
+def _what(call: Call, y_dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the variants of a call's kernels depend on."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    where = architecture(call.x.device)
+    return call.down_shape, call.up_shape, call.x.dtype, y_dtype, where, call.activation, call.dropout_p, exact
+
+
+@cache
+def _variants(
+    kernel: Any,
+    down_shape: TTShape,
+    up_shape: TTShape | None,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    arch: str,
+    activation: str,
+    dropout_p: float,
+    exact: bool,
+    residual_is_x: bool = False,
+    atomic: bool = True,
+) -> tuple[Plan, Callable[..., Variant]]:
+    """The plan, and the kernel's variants by the blocks and parts that a call is made with; for whole rows by None."""
+    plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch)
+    # The products with rows are in fp32 unless x and y share 16 bits.
+    dtype = x_dtype if x_dtype is y_dtype else torch.float32
     constants = {
+        **plan.named_sides,
+        "TABLE_SIZE": plan.table_size,
         "GRAD_SIZE": plan.grad_size,
         "SCRATCH_SIZE": plan.scratch_size,
         "DSCALE": plan.dscale,
         "ARRIVED": plan.arrived,
+        "BLOCK_B": plan.block_b,
+        "ACTIVATION": activation,
+        "DROPOUT_P": dropout_p,
+        "DROPPED": threshold(dropout_p),
+        "RESIDUAL_IS_X": residual_is_x,
+        "ATOMIC": atomic,
+        "DTYPE": DTYPES[dtype],
+        "PRECISION": plan.precision(exact and dtype is torch.float32),
     }
-    products = block_constants(plan, blocks, x.dtype, dy.dtype)
-    launch.execute(
-        Launch(
-            _backward_kernel,
-            (programs, parts),
-            {
-                **shared,
-                **parameters,
-                "dy_ptr": rows_of_dy,
-                "x_ptr": rows,
-                "waist_ptr": waist,
-                "dx_ptr": dx,
-                "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
-                **pointers,
-                "N": N,
-                "stride_dyn": rows_of_dy.stride(0),
-                "stride_xn": rows.stride(0),
-            },
-            {
-                **constants,
-                **products,
-                **_constants(call, plan),
-                "RESIDUAL_IS_X": call.residual_is_x,
-                "ATOMIC": atomic,
-                "PARTS": parts,
-            },
-            blocks.warps,
-            blocks.stages,
-        )
-    )
-    if not atomic and any(needs[1:]) and groups:
-        launch.execute(
-            Launch(
-                _sum_kernel,
-                (sum_blocks(plan.arrived), groups),
-                {
-                    **shared,
-                    "sums_ptr": waist.new_zeros(groups * plan.grad_size),
-                    "groups_ptr": of_groups,
-                    "programs": programs,
-                },
-                {**constants, **plan.named_sides, "PRECISION": products["PRECISION"]},
-                blocks.warps,
-                1,
-            )
-        )
-    return grads
+
+    @cache
+    def variant(blocks: Blocks | None, parts: int = 1) -> Variant:
+        if blocks is None and plan.one_pass is not None:
+            form, used = plan.one_pass, _one_pass_forward_kernel
+            of_blocks = {
+                **form.named_sides,
+                "TABLE_SIZE": form.table_size,
+                "LEVELS": form.levels,
+                "BLOCK_N": form.n,
+                "BLOCK_I": form.i,
+                "BLOCK_O": form.o,
+                "KEEPS_X": residual_is_x and form.same_matrix,
+            }
+            warps, stages = form.warps, form.stages
+        else:
+            assert blocks is not None
+            used, of_blocks = kernel, {"BLOCK_N": blocks.n, "BLOCK_C": blocks.c, "PARTS": parts}
+            warps, stages = blocks.warps, 1 if kernel is _sum_kernel else blocks.stages
+        all_of_them = constants | of_blocks
+        taken = {name: value for name, value in all_of_them.items() if name in used.arg_names}
+        return Variant(used, taken, warps, stages)
+
+    return plan, variant
 
 
 def _parameters(call: Call) -> dict[str, Tensor | None]:
@@ -162,16 +207,4 @@ def _parameters(call: Call) -> dict[str, Tensor | None]:
         "up_bias_ptr": up_bias,
         "learnt_scale_ptr": contiguous(call.learnt_scale),
         "seed_ptr": call.seed,
-    }
-
-
-def _constants(call: Call, plan: Plan) -> dict[str, Any]:
-    """The constants that both kernels take."""
-    return {
-        **plan.named_sides,
-        "TABLE_SIZE": plan.table_size,
-        "BLOCK_B": plan.block_b,
-        "ACTIVATION": call.activation,
-        "DROPOUT_P": call.dropout_p,
-        "DROPPED": threshold(call.dropout_p),
     }

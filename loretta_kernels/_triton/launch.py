@@ -1,13 +1,16 @@
-"""One launch of one kernel as a record, and the one function that executes it."""
+"""One launch of one kernel as a record, and the one function that executes it.
+
+Triton binds, specialises and looks up some forty arguments at each launch, which takes longer than many of these
+kernels run. What it finds is kept here, so that a launch like an earlier one calls the compiled kernel directly.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +26,64 @@ _POINTERS = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, its grid, its arguments by name, its constants by name, and the compiler's options."""
+class Variant:
+    """A kernel with its constants and the compiler's options.
 
-    kernel: Any
+    Args:
+        kernel: a `triton.jit` function, whose constants come after all its other arguments.
+        constants: by name.
+        num_warps, num_stages: options of the compiler.
+
+    Attributes:
+        names: the other arguments.
+        compiled: what Triton compiled, by what it specialises on: device, dtypes, alignment, classes of integers.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.names = kernel.arg_names[: len(kernel.arg_names) - len(constants)]
+        if set(kernel.arg_names) - set(self.names) != constants.keys():
+            raise ValueError(f"the last arguments of {kernel.__name__} must be {', '.join(constants)}")
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self._last = [constants[name] for name in kernel.arg_names[len(self.names) :]]
+
+    def __call__(self, grid: tuple[int, ...], args: dict[str, Any], device: int) -> None:
+        """Launch it on that device, which is the current one."""
+        values = [args.get(name) for name in self.names]
+        key = device, *map(_specialised, values)
+        kernel = self.compiled.get(key)
+        if kernel is None:
+            self.compiled[key] = self.kernel[grid](**args, **self.constants, **self.options)
+        else:
+            kernel[(*grid, 1, 1)[:3]](*values, *self._last)
+
+
+def _specialised(value: Any) -> Any:
+    """What of an argument Triton specialises on, or more."""
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value >= 2**31
+    return value is None
+
+
+class Launch(NamedTuple):
+    """A variant of a kernel, its grid, and its arguments by name."""
+
+    variant: Variant
     grid: tuple[int, ...]
     args: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+
+    @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return self.variant.kernel
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Its constants by name."""
+        return self.variant.constants
 
     def source(self) -> dict[str, Any]:
         """What `triton.compiler.ASTSource` takes to compile exactly what would be launched, tensors of meta included.
@@ -61,7 +112,7 @@ class Launch:
 
     def options(self) -> dict[str, int]:
         """The compiler's options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.variant.options
 
 
 def _is_one(value: Any) -> bool:
@@ -72,13 +123,14 @@ def _is_one(value: Any) -> bool:
 def execute(launch: Launch) -> None:
     """Run it on the device of its tensors: every launch of the library passes here."""
     tensor = next(value for value in launch.args.values() if isinstance(value, Tensor))
-    if tensor.device.type == "cpu" and (arch := os.environ.get(PTX_VARIABLE)):
+    device = tensor.get_device()
+    if device < 0 and (arch := os.environ.get(PTX_VARIABLE)):
         _execute_ptx(launch, arch)
-        return
-    with torch.cuda.device_of(tensor):
-        launch.kernel[launch.grid](
-            **launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+    elif device < 0 or device == torch.cuda.current_device():
+        launch.variant(launch.grid, launch.args, device)
+    else:
+        with torch.cuda.device(device):
+            launch.variant(launch.grid, launch.args, device)
 
 
 def _execute_ptx(launch: Launch, arch: str) -> None:

@@ -13,18 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from loretta_kernels._dispatch import PTX_VARIABLE
-from loretta_kernels._triton.plan import Blocks, Plan
+from loretta_kernels._triton.plan import MULTIPROCESSORS, Blocks, Plan
 from loretta_kernels.call import Call
 from loretta_kernels.groups import sorted_of
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DEFAULT_ARCHITECTURE = os.environ.get(PTX_VARIABLE) or "sm_90"
 
 
-def rows_of(x: Tensor, features: int) -> Tensor:
-    """x as `[N, features]` whose features lie side by side: a view where it can be one."""
+def rows_of(x: Tensor, features: int) -> tuple[Tensor, int]:
+    """A tensor that holds the rows of x, features side by side, and the stride between them: x itself where it can be.
+
+    Any shape will do for the kernels, which take its address.
+    """
+    if x.is_contiguous():
+        return x, features
     rows = x.reshape(-1, features)
-    return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
@@ -71,18 +77,6 @@ def grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool], N: int) 
     )
 
 
-def block_constants(plan: Plan, blocks: Blocks, x_dtype: torch.dtype, y_dtype: torch.dtype) -> dict[str, object]:
-    """Block sizes, and the dtype and precision of the products with rows: fp32 unless x and y share 16 bits."""
-    dtype = x_dtype if x_dtype is y_dtype else torch.float32
-    exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {
-        "BLOCK_N": blocks.n,
-        "BLOCK_C": blocks.c,
-        "DTYPE": _DTYPES[dtype],
-        "PRECISION": plan.precision(exact),
-    }
-
-
 @contextmanager
 def planning_for(arch: str) -> Iterator[None]:
     """Plan the calls made inside with tensors that are on no GPU for this architecture: sm_90, gfx942, ..."""
@@ -97,6 +91,17 @@ def planning_for(arch: str) -> Iterator[None]:
 def architecture(device: torch.device) -> str:
     """The architecture that a plan is for: the device's, where there is a GPU."""
     return _architecture(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; an H100's where it is no GPU."""
+    return _multiprocessors(device.index) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @cache

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
+from loretta_kernels._triton.row_side import RowSide, row_sides
 from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, sides
 from loretta_kernels.shape import TTShape
 
 MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the tables made once
 MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
+MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
 MAX_PARTS = 64
 
@@ -27,21 +29,17 @@ class Blocks:
     warps: int
     stages: int
 
+    @property
+    def words(self) -> str:
+        """In words."""
+        return f"{self.n} rows and {self.c} features at a time"
+
 
 @dataclass(frozen=True)
-class Plan:
-    """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
-
-    `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
-    backward of so few that programs share the features.
-    """
+class Sides:
+    """The sides of an operator in the order of the computation."""
 
     sides: tuple[Side, ...]
-    arch: str
-    few: Blocks
-    forward: Blocks
-    few_backward: Blocks
-    backward: Blocks
 
     @cached_property
     def first(self) -> Side:
@@ -60,14 +58,70 @@ class Plan:
         return dict(zip(("LD", "RD", "LU", "RU"), (self.first, *middle, self.last), strict=True))
 
     @cached_property
-    def block_b(self) -> int:
-        """Features of the bottleneck taken at a time."""
-        return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
-
-    @cached_property
     def table_size(self) -> int:
         """fp32 elements of a program's tables."""
         return max(32, self.sides[-1].table_end)
+
+
+@dataclass(frozen=True)
+class OnePass(Sides):
+    """How an operator runs that keeps whole rows on the chip.
+
+    Args:
+        sides: narrower than those of `Plan`.
+        n: rows at a time.
+        i, o: inner features of x and of y that one product takes.
+        warps, stages: the compiler's options.
+    """
+
+    sides: tuple[RowSide, ...]
+    n: int
+    i: int
+    o: int
+    warps: int
+    stages: int
+
+    def programs(self, N: int, multiprocessors: int) -> int:
+        """How many programs share the rows: each makes its tables once."""
+        return min(-(-N // self.n), multiprocessors)
+
+    @cached_property
+    def levels(self) -> int:
+        """Cores of the longest factor."""
+        return max(side.levels for side in self.sides)
+
+    @property
+    def words(self) -> str:
+        """In words."""
+        first, last = self.sides[0], self.sides[-1]
+        return f"{self.n} whole rows at a time, {first.outer} x {first.inner} in and {last.outer} x {last.inner} out"
+
+    @property
+    def same_matrix(self) -> bool:
+        """Whether rows of x and of y are the same matrix, so that x is a residual that needs no second reading."""
+        first, last = self.sides[0], self.sides[-1]
+        return (first.outer, first.inner, self.i) == (last.outer, last.inner, self.o)
+
+
+@dataclass(frozen=True)
+class Plan(Sides):
+    """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
+
+    `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
+    backward of so few that programs share the features. `one_pass` takes the place of the forward where it is given.
+    """
+
+    arch: str
+    few: Blocks
+    forward: Blocks
+    few_backward: Blocks
+    backward: Blocks
+    one_pass: OnePass | None = None
+
+    @cached_property
+    def block_b(self) -> int:
+        """Features of the bottleneck taken at a time."""
+        return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
 
     @cached_property
     def scratch_size(self) -> int:
@@ -116,7 +170,8 @@ class Plan:
 def plan_of(down: TTShape, up: TTShape | None, itemsize: int, arch: str) -> Plan:
     """The plan of one train, or of two."""
     first = sides(down)
-    return _plan(first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end)), itemsize, arch)
+    all_sides = first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end))
+    return replace(_plan(all_sides, itemsize, arch), one_pass=_one_pass(row_sides(down, up), itemsize, arch))
 
 
 def shared_limit(arch: str) -> int:
@@ -212,7 +267,27 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
     rows, threads = 16 if rank == "low" else 32, few.warps * (64 if arch.startswith("gfx") else 32)
     few = replace(few, n=rows, c=max(few.c, 16 * threads // (itemsize * rows)), stages=min(few.stages, 2))
     kernels = few, row.forward, row.few_backward or row.backward, row.backward
-    return Plan(all_sides, arch, *(_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels))
+    few, forward, few_backward, backward = (_fitted(blocks, all_sides, itemsize, arch) for blocks in kernels)
+    return Plan(all_sides, arch, few, forward, few_backward, backward)
+
+
+def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePass | None:
+    """The form that keeps whole rows on the chip, where they fit: for tensor cores that read shared memory."""
+    first, last = all_sides[0], all_sides[-1]
+    if itemsize != 2 or arch not in ("sm_90",) or not (first.is_cut and last.is_cut):
+        return None
+    if any(side.K > 8 or side.A > 8 for side in all_sides):
+        return None
+    if any(side.size > 128 for side in all_sides[1:-1]):
+        return None
+    if any(side.inner % 8 or side.inner < 16 for side in (first, last)):  # 16 bytes, and eight elements of a mask
+        return None
+    i, o = min(64, first.IP), min(64, last.IP)
+    for n in (16, 8, 4, 2):
+        tiles = n * first.OP * first.IP, n * last.OP * last.IP
+        if n * max(first.OP, last.OP) <= 256 and tiles[0] <= 32768 and tiles[1] <= 131072:
+            return OnePass(all_sides, n, i, o, 8, 2)
+    return None
 
 
 def _fitted(blocks: Blocks, all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Blocks:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bench import resources
 from bench.architectures import ARCHITECTURES
-from loretta_kernels._triton.launch import Launch
+from loretta_kernels._triton.launch import Launch, Variant
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def measure(case, arch, dtype):
     """What the kernel costs, in place of those of the class."""
     x = torch.empty(8, device="meta")
     size = 256 * ARCHITECTURES[arch].lanes  # in each of two tiles
-    launch = Launch(_spilling_kernel, (1,), {"x_ptr": x, "y_ptr": x, "N": 7}, {"SIZE": size}, 1, 1)
+    launch = Launch(Variant(_spilling_kernel, {"SIZE": size}, 1, 1), (1,), {"x_ptr": x, "y_ptr": x, "N": 7})
     return [resources.compiled(case, arch, dtype, 7, launch)]
 
 

@@ -57,6 +57,7 @@ def test_not_a_number_is_a_miss() -> None:
     assert not Row("cls 768 5", "tt_linear", 37, "float32", "y", 1e-7, 1e-6).missed
 
 
+@pytest.mark.slow
 def test_passes_the_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     ran = run_python("-m", "bench.selfcheck", "--interpret", "--classes", "cls 768 5")

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bench import traffic
 from bench.classes import FIRST_RATE
-from loretta_kernels._triton.launch import Launch
+from loretta_kernels._triton.launch import Launch, Variant
 
 FEATURES, BLOCK, PROGRAMS = 64, 16, 8
 TENSOR = PROGRAMS * BLOCK * FEATURES * 4
@@ -40,7 +40,8 @@ def reading(reads: int, l2: int) -> traffic.Waves:
     y, sums = torch.empty_like(x), torch.zeros(FEATURES)
     executor = traffic.Waves(bytes_of_l2=l2)
     args = {"x_ptr": x, "y_ptr": y, "sums_ptr": sums}
-    executor(Launch(_reading, (PROGRAMS,), args, {"READS": reads, "BLOCK": BLOCK, "FEATURES": FEATURES}, 1, 1))
+    variant = Variant(_reading, {"READS": reads, "BLOCK": BLOCK, "FEATURES": FEATURES}, 1, 1)
+    executor(Launch(variant, (PROGRAMS,), args))
     torch.testing.assert_close(sums, x.sum(0) * (reads - 1), rtol=1e-4, atol=1e-4)
     return executor
 

@@ -27,7 +27,8 @@ def gradients(model: nn.Module, forward) -> tuple[torch.Tensor, dict[str, torch.
 
 @pytest.mark.parametrize(("method", "backend"), [("adp", "aot_eager"), ("rep", "aot_eager"), ("adp", "inductor")])
 def test_a_training_step_compiles_without_a_graph_break(method: str, backend: str) -> None:
-    model = get_peft_model(tiny_model("llama"), CONFIGS[method]).train()
+    layers = 1 if backend == "inductor" else 2  # which compiles C++ for each
+    model = get_peft_model(tiny_model("llama", num_hidden_layers=layers), CONFIGS[method]).train()
     loss, expected = gradients(model, model)
     torch._dynamo.reset()
     compiled_loss, compiled = gradients(model, torch.compile(model, fullgraph=True, backend=backend))

@@ -106,3 +106,12 @@ def test_a_step_moves_a_train_as_far_as_a_lora_at_every_width(width: int, rank: 
     reach = width if up else math.sqrt(1024 * width)
     wanted = 1e-3 * math.sqrt(train.shape.waist * reach)  # up: as each entry of a factor width x waist moves
     assert wanted / 3 < distance < 3 * wanted  # at rank 16 the ends of a train of r = 8 cannot be orthonormal
+
+
+@pytest.mark.parametrize("method", [LorettaAdpConfig, LorettaRepConfig])
+def test_a_layer_of_a_new_head_starts_as_the_paper_draws_it(method: type[LorettaAdpConfig | LorettaRepConfig]) -> None:
+    matrices = []
+    for core_gain in ("rate", "paper"):
+        torch.manual_seed(0)
+        matrices.append(adapter_train(method(core_gain=core_gain), 96, 96, 5, head=True).matrix())
+    torch.testing.assert_close(*matrices)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.ptx import Executor
-from loretta_kernels._triton.launch import Launch
+from loretta_kernels._triton.launch import Launch, Variant
 
 ARCHITECTURES = ("sm_80", "sm_90")
 
@@ -16,7 +16,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 def run(kernel, grid, tensors, constants=None, *, warps=4, stages=2, numbers=None, **options) -> Executor:
     """Execute one launch of a kernel, whose pointers are named as the tensors."""
     executor = Executor(**options)
-    executor(Launch(kernel, grid, tensors | (numbers or {}), constants or {}, warps, stages))
+    executor(Launch(Variant(kernel, constants or {}, warps, stages), grid, tensors | (numbers or {})))
     return executor
 
 

@@ -32,8 +32,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def run_page(page: str) -> dict[str, Any]:
     """Run a page's blocks in the current folder; the names its Python left."""
-    names: dict[str, Any] = {}
-    for language, text in blocks(page):
+    return run_blocks(page, blocks(page), {})
+
+
+def run_blocks(page: str, found: list[tuple[str, str]], names: dict[str, Any]) -> dict[str, Any]:
+    """Run blocks of a page, its Python with these names, to which it adds."""
+    for language, text in found:
         if language == "python":
             exec(compile(text, page, "exec"), names)
             continue

@@ -12,7 +12,7 @@ from peft import PeftModel as StockPeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from loretta import LorettaRepConfig, export_lora, get_peft_model
+from loretta import LorettaAdpConfig, LorettaRepConfig, export_lora, get_peft_model
 from loretta.__main__ import main
 from loretta.export import EXPORT_TARGETS
 from loretta.servers import SERVERS
@@ -152,6 +152,15 @@ def test_what_a_server_would_ignore_or_misread_is_refused(server: str, case: str
     _, model_type, fields, said = REFUSALS[case]
     _, model = adapted(model_type, **fields)
     with pytest.raises(ValueError, match=said):
+        export_lora(model, tmp_path / "out", target=server)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_linear_adapter_with_biases_is_refused(server: str, tmp_path: Path) -> None:
+    fields = {"task_type": "CAUSAL_LM", "init_weights": False, "train_layernorm": False, "non_linearity": "identity"}
+    model = get_peft_model(tiny_model("llama"), LorettaAdpConfig(**fields)).eval()
+    with pytest.raises(ValueError, match="it takes no bias in a LoRA, and this adapter's trains have biases: merge"):
         export_lora(model, tmp_path / "out", target=server)
     assert not (tmp_path / "out").exists()
 

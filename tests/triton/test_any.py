@@ -18,7 +18,9 @@ pytest.importorskip("triton")
 
 CASES = int(os.environ.get("LORETTA_TEST_CASES", 300))
 # Of each train that is drawn: compiling is what takes time.
-ROWS = (1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 17, 31, 32, 33, 63, 64, 67, 100, 131, 140)
+ROWS = (
+    1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 67, 80, 96, 100, 127, 128, 131, 140,
+)  # fmt: skip
 SCHEDULES = 3
 LARGEST = 200  # features: several blocks, and still quick
 

@@ -81,7 +81,7 @@ def test_is_planned_alike_without_tensors(operator):
 def test_few_rows_are_shared_by_several_programs():
     shapes = TTShape.for_matrix(4096, 64, 5), TTShape.for_matrix(64, 4096, 5)
     for rows, programs in ((1, 32), (64, 32), (65, 2)):
-        for record in planned("tt_adapter", shapes, N=rows):
+        for record in planned("tt_adapter", shapes, torch.float32, N=rows):
             assert prod(record.grid) >= programs, (record.kernel, record.grid)
 
 
