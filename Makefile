@@ -89,6 +89,7 @@ bench-gpu: $(DEVELOP) $(PEERS) ## the full grid on a GPU, in commands of at most
 		$(BENCH) --device cuda --grid full --sizes $$d --part $$d bench/bench_$$operator.py || exit 1; done; done
 	$(BENCH) --device cuda bench/bench_training_step.py
 	$(BENCH) --device cuda bench/bench_wrapping.py
+	$(BENCH) --device cuda bench/bench_grouped.py
 	$(BIN)/python -m bench.report
 
 lint: $(DEVELOP) ## ruff and mypy

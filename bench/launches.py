@@ -14,14 +14,17 @@ LORA_DROPOUT = 0.05  # PEFT's default
 Directions = dict[str, list[Any]]
 
 
-def would_launch(case: Case, N: int, dtype: torch.dtype, arch: str) -> Directions:
-    """What training with the method's defaults launches for N rows on this architecture; nothing runs."""
+def would_launch(case: Case, N: int, dtype: torch.dtype, arch: str, adapters: int = 0) -> Directions:
+    """What training with the method's defaults launches for N rows on this architecture; nothing runs.
+
+    Args:
+        adapters: so many are stacked, and the rows use them in turn.
+    """
     from loretta_kernels._triton.planned import planned
 
     dropout_p = LORA_DROPOUT if case.operator == "tt_lora" else 0.0
-    return _by_direction(
-        planned(case.operator, case.shapes, dtype, N, arch=arch, activation=case.activation, dropout_p=dropout_p)
-    )
+    options: dict[str, Any] = {"activation": case.activation, "dropout_p": dropout_p, "adapters": adapters}
+    return _by_direction(planned(case.operator, case.shapes, dtype, N, arch=arch, **options))
 
 
 def _by_direction(launches: Iterable[Any]) -> Directions:

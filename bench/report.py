@@ -57,7 +57,8 @@ def records_of(runs: Iterable[Run], benchmark: str) -> list[dict[str, Any]]:
 def _conditions(runs: Sequence[Run]) -> str:
     """On what, with what, and how steady the clock was."""
     drifts = [abs(record["drift"]) for run in runs for record in run["records"] if record.get("drift") is not None]
-    versions = ", ".join(f"{name} {version}" for name, version in runs[0]["versions"].items() if version)
+    found = {name: version for run in runs for name, version in run["versions"].items() if version}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     steady = ""
     if drifts:
         drifts.sort()

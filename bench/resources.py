@@ -96,12 +96,12 @@ class Resources:
         return failures
 
 
-def measure(case: Case, arch: str, dtype: str, deterministic: bool = False) -> list[Resources]:
+def measure(case: Case, arch: str, dtype: str, deterministic: bool = False, adapters: int = 0) -> list[Resources]:
     """Compile every kernel of the class, and read it."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     launches: dict[Any, Any] = {}
     for rows in (MANY_ROWS, ONE_ROW):
-        for launch in chain(*would_launch(case, rows, DTYPES[dtype], arch).values()):
+        for launch in chain(*would_launch(case, rows, DTYPES[dtype], arch, adapters).values()):
             source = launch.source()
             key = launch.kernel.__name__, repr(source["signature"]), repr(source["constexprs"]), repr(launch.options())
             launches.setdefault(key, (rows, launch))
@@ -162,6 +162,8 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., list[Resource
         return 2
     if args.deterministic:
         measure = partial(measure, deterministic=True)
+    if args.adapters:
+        measure = partial(measure, adapters=args.adapters)
     work = [(case, arch, dtype) for arch in args.arch for dtype in args.dtype for case in chosen(args)]
     found = [row for rows in _all(measure, work, args.jobs) for row in rows]
     failures = [
@@ -183,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", type=_list_of(DTYPES), default=["bf16"], help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
     parser.add_argument("--deterministic", action="store_true", help="what torch.use_deterministic_algorithms launches")
+    parser.add_argument("--adapters", type=int, default=0, metavar="N", help="of N stacked, in turn for the rows")
     add_class_options(parser)
     add_output_options(parser)
     return parser

@@ -148,15 +148,10 @@ def _backward_kernel(
                 else:
                     copy_rows(dx_ptr, None, order_ptr, start, stop, part, PARTS, N, 0, LD.size, BLOCK_N, BLOCK_C)
             return
-        group, programs = group_of(items_ptr, program)
         if ATOMIC:
-            grads_ptr += group * GRAD_SIZE
-        scratch_ptr += group * SCRATCH_SIZE
+            grads_ptr += group_of(items_ptr, program)[0] * GRAD_SIZE
         down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
             adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
-        )
-        ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
-            adapter, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, RD, RU
         )
     store_tables(tables_ptr, down_ptr, LD)
     if RD is not None:
@@ -180,12 +175,12 @@ def _backward_kernel(
     if items_ptr is None:
         first, last, step = program, tl.cdiv(N, BLOCK_N), programs
     else:
-        first, last, step = 0, tl.cdiv(stop - start, BLOCK_N), 1
+        first, last, step = start, stop, BLOCK_N
     for block in tl.range(first, last, step, disable_licm=True):
         if items_ptr is None:
             rows = block_rows(block, BLOCK_N)
         else:
-            rows = item_rows(order_ptr, start + block * BLOCK_N, stop, N, BLOCK_N)
+            rows = item_rows(order_ptr, block, stop, N, BLOCK_N)
         s = load_rows(waist_ptr, rows, LD.K, tl.arange(0, LD.KP), N, LD.K)
         z = up_waist(s, tables_ptr, down_ptr, down_bias_ptr, up_ptr, RD, LU, ACTIVATION, BLOCK_B, PRECISION)
 
@@ -264,6 +259,19 @@ def _backward_kernel(
             else:
                 tl.store(grads_ptr + DSCALE, dscale)
     if ATOMIC:
+        if items_ptr is not None:  # read again: what is needed only here would cost the loop registers
+            group, programs = group_of(items_ptr, program)
+            scratch_ptr += group * SCRATCH_SIZE
+            ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
+                item_of(items_ptr, program)[0],
+                ddown_ptr,
+                ddown_bias_ptr,
+                dup_ptr,
+                dup_bias_ptr,
+                dscale_ptr,
+                RD,
+                RU,
+            )
         if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(
                 down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, grads_ptr,

@@ -121,12 +121,12 @@ def _forward_kernel(
     if items_ptr is None:
         first, last, step = program, tl.cdiv(N, BLOCK_N), programs
     else:
-        first, last, step = 0, tl.cdiv(stop - start, BLOCK_N), 1
+        first, last, step = start, stop, BLOCK_N
     for block in tl.range(first, last, step, disable_licm=True):
         if items_ptr is None:
             rows = block_rows(block, BLOCK_N)
         else:
-            rows = item_rows(order_ptr, start + block * BLOCK_N, stop, N, BLOCK_N)
+            rows = item_rows(order_ptr, block, stop, N, BLOCK_N)
         s = tl.full([BLOCK_N, LD.KP], 0, tl.float32)
         for c0 in range(0, LD.size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
