@@ -113,7 +113,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "scratch_ptr": waist.new_empty(plan.scratch_size),
         "scale": call.scale,
     }
-    constants = {"GRAD_SIZE": plan.grad_size, "DSCALE": plan.dscale, "ARRIVED": plan.arrived, "CHAIN": plan.chain}
+    constants = {"GRAD_SIZE": plan.grad_size, "DSCALE": plan.dscale, "ARRIVED": plan.arrived}
     products = block_constants(plan, blocks, x.dtype, dy.dtype)
     launch.execute(
         Launch(

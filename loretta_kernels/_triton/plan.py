@@ -144,11 +144,6 @@ class Plan(Sides):
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
 
-    @cached_property
-    def chain(self) -> int:
-        """Blocks of rows that the contraction of the core gradients takes at once, where that does not spill."""
-        return 4 if self.arch == "sm_90" else 1
-
     def precision(self, exact: bool) -> str:
         """How fp32 is multiplied: AMD's matrix cores take it as it is."""
         if self.arch.startswith("gfx"):
