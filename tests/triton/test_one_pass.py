@@ -79,7 +79,7 @@ def test_exact_numbers_stay_exact_with_few_programs(shapes, monkeypatch, executo
 
 def test_serves_the_rows_of_16_bits_of_small_ranks():
     served = {case.name for case in FIRST_RATE if one_pass(*case.shapes)}
-    assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16"}
+    assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16", "cls 1024 5"}
     down, up = square(4096, 64, 5)
     assert plan_of(down, up, 4, "sm_90").one_pass is None
     assert plan_of(down, up, 2, "sm_80").one_pass is None
