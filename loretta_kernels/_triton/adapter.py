@@ -161,7 +161,6 @@ def _variants(
         "SCRATCH_SIZE": plan.scratch_size,
         "DSCALE": plan.dscale,
         "ARRIVED": plan.arrived,
-        "CHAIN": plan.chain,
         "BLOCK_B": plan.block_b,
         "ACTIVATION": activation,
         "DROPOUT_P": dropout_p,

@@ -57,19 +57,18 @@ def _store_grads(
     RU: tl.constexpr,
     DSCALE: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAIN: tl.constexpr,
 ):
     """The gradients of the parameters from the sums over rows (dR_u and db_u lack the scale); by one program."""
     if ddown_ptr is not None:
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION, CHAIN)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD, PRECISION)
         if RD is not None:
-            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION, CHAIN)
+            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
     if ddown_bias_ptr is not None:
         copy(ddown_bias_ptr, grads_ptr + RD.grad + RD.K * RD.size, 1.0, RD.size)
     if dup_ptr is not None:
         if LU is not None:
-            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION, CHAIN)
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION, CHAIN)
+            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU, PRECISION)
     if dup_bias_ptr is not None:
         copy(dup_bias_ptr, grads_ptr + RU.grad + RU.K * RU.size, total, RU.size)
     if dscale_ptr is not None:
@@ -117,7 +116,6 @@ def _backward_kernel(
     SCRATCH_SIZE: tl.constexpr,
     DSCALE: tl.constexpr,
     ARRIVED: tl.constexpr,
-    CHAIN: tl.constexpr,
     # blocks and flags
     ACTIVATION: tl.constexpr,
     DROPOUT_P: tl.constexpr,
@@ -275,7 +273,7 @@ def _backward_kernel(
         if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(
                 down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, grads_ptr,
-                scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION, CHAIN,
+                scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION,
             )  # fmt: skip
 
 
@@ -307,7 +305,6 @@ def _sum_kernel(
     SCRATCH_SIZE: tl.constexpr,
     DSCALE: tl.constexpr,
     ARRIVED: tl.constexpr,
-    CHAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients of the parameters from the sums of every program, added in the order of the programs."""
@@ -331,5 +328,5 @@ def _sum_kernel(
             total *= tl.load(learnt_scale_ptr).to(tl.float32)
         _store_grads(
             down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, sums_ptr,
-            scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION, CHAIN,
+            scratch_ptr, scale, total, LD, RD, LU, RU, DSCALE, PRECISION,
         )  # fmt: skip

@@ -49,40 +49,23 @@ def _matmul(
 
 @triton.jit
 def _core_grad(
-    dcores_ptr,
-    scratch_ptr,
-    d_ptr,
-    cores_ptr,
-    partial_ptr,
-    factor,
-    S: tl.constexpr,
-    J: tl.constexpr,
-    P: tl.constexpr,
-    CHAIN: tl.constexpr,
+    dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S: tl.constexpr, J: tl.constexpr, P: tl.constexpr
 ):
     """dGj = factor · partialᵀ · d, and d · Gjᵀ into the scratch."""
     ROWS: tl.constexpr = S.chain_rows[J]
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
     B: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
-    LONG: tl.constexpr = min(CHAIN * B, max(16, triton.next_power_of_2(ROWS)))
-    SHORT: tl.constexpr = min(B, max(16, triton.next_power_of_2(C)))
-    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, SHORT, LONG)
+    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, B, B)
     _matmul(
-        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, LONG, 16,
-        SHORT,
-    )  # fmt: skip
+        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, B, 16, B
+    )
     tl.debug_barrier()
 
 
 @triton.jit
-def store_core_grads(
-    dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr
-):
-    """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program.
-
-    CHAIN says how many times a block of 64 rows of the chain's matrices is taken at once: each waits for memory.
-    """
+def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program."""
     factor *= S.factor
     store_partials(scratch_ptr, tl.constexpr(S.chain_partials), cores_ptr, S, 0, S.count)
     COUNT: tl.constexpr = S.count
@@ -93,14 +76,10 @@ def store_core_grads(
             d_ptr = scratch_ptr + S.chain_grads[COUNT - step + 1]
         if COUNT - step == 1:
             partial_ptr = cores_ptr + S.core_starts[0]
-            _core_grad(
-                dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION, CHAIN
-            )
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
         else:
             partial_ptr = scratch_ptr + S.chain_partials[COUNT - step - 1]
-            _core_grad(
-                dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION, CHAIN
-            )
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
     first_ptr = grads_ptr + S.grad if S.count == 1 else scratch_ptr + S.chain_grads[1]
     copy(dcores_ptr + S.core_starts[0], first_ptr, factor, S.core_sizes[0])
     tl.debug_barrier()

@@ -144,11 +144,6 @@ class Plan(Sides):
         """fp32 elements of the sums over rows."""
         return round_up(self.arrived + 1, 32)
 
-    @cached_property
-    def chain(self) -> int:
-        """Blocks of rows that the contraction of the core gradients takes at once, where that does not spill."""
-        return 4 if self.arch == "sm_90" else 1
-
     def precision(self, exact: bool) -> str:
         """How fp32 is multiplied: AMD's matrix cores take it as it is."""
         if self.arch.startswith("gfx"):
@@ -286,6 +281,8 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
         return None
     if any(side.inner % 8 or side.inner < 16 for side in (first, last)):  # 16 bytes, and eight elements of a mask
         return None
+    if len(all_sides) == 2 and max(first.levels, last.levels) > 2:
+        return None  # no second reading to save, and factors of three cores cost more than they bring
     for n in (16, 8, 4, 2):
         if n * max(first.OP, last.OP) <= 256 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
             return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=8, stages=2)

@@ -79,7 +79,7 @@ def test_exact_numbers_stay_exact_with_few_programs(shapes, monkeypatch, executo
 
 def test_serves_the_rows_of_16_bits_of_small_ranks():
     served = {case.name for case in FIRST_RATE if one_pass(*case.shapes)}
-    assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16"}
+    assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16", "cls 1024 5"}
     down, up = square(4096, 64, 5)
     assert plan_of(down, up, 4, "sm_90").one_pass is None
     assert plan_of(down, up, 2, "sm_80").one_pass is None
@@ -105,13 +105,34 @@ def test_a_row_that_is_not_a_number_stays_alone():
 
 def test_the_bias_is_not_rounded():
     """What 16 bits lose of it is seen where the residual takes the rest away."""
-    down, up = SAME_MATRIX
-    bias = torch.full((128,), 1 + 2.0**-12)
-    x, trains = torch.zeros(3, 128, dtype=torch.bfloat16), (TT(torch.zeros(s.num_params), s) for s in (down, up))
-    down, up = trains
+    trains = [TT(torch.zeros(shape.num_params), shape) for shape in SAME_MATRIX]
+    trains[1] = TT(trains[1].cores, trains[1].shape, torch.full((128,), 1 + 2.0**-12))
+    x = torch.zeros(3, 128, dtype=torch.bfloat16)
     with backend("triton"):
-        y = tt_adapter(x, down, TT(up.cores, up.shape, bias), residual=torch.full_like(x, -1))
+        y = tt_adapter(x, *trains, residual=torch.full_like(x, -1))
     assert (y == 2.0**-12).all()
+
+
+def test_what_goes_into_the_last_product_is_not_rounded():
+    """The outer factor has 257, which 16 bits would make 256, and the residual takes that away."""
+    down, up = TTShape((4, 4, 8), (1,), 1), TTShape((1,), (4, 4, 8), 1)
+    cores = torch.ones(up.num_params)
+    cores[1:5] = 257
+    x = torch.zeros(3, 128, dtype=torch.bfloat16)
+    x[:, 0] = 1
+    trains = TT(torch.ones(down.num_params), down), TT(cores, up)
+    with backend("triton"):
+        y = tt_adapter(x, *trains, activation="identity", residual=torch.full_like(x, -256))
+    assert (y == 1).all()
+
+
+def test_x_is_read_once(executor):
+    executor.timing = True
+    problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16)
+    with backend("triton"):
+        problem.run()
+    moved = executor.launches[0].traffic["residual_ptr x_ptr"]
+    assert (moved["read"] + moved["copied"]) * 32 == problem.x.nbytes
 
 
 @pytest.mark.parametrize("layout", ["every-second-row", "wide-rows", "one-row-repeated", "transposed"])
