@@ -52,6 +52,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "scale": call.scale,
     }
     if (form := plan.one_pass) is not None:
+        keeps_x = call.residual_is_x and form.same_matrix
         programs = form.programs(N, multiprocessors(x.device))
         constants = {
             "LEVELS": form.levels,
@@ -59,12 +60,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             "BLOCK_I": form.i,
             "BLOCK_O": form.o,
             "DTYPE": triton_dtype(x.dtype),
-            "KEEPS_X": call.residual_is_x and form.same_matrix,
+            "KEEPS_X": keeps_x,
         }
         record = Launch(
             _one_pass_forward_kernel,
             (programs,),
-            args | {"tables_ptr": waist.new_empty(programs * form.table_size)},
+            args
+            | {"tables_ptr": waist.new_empty(programs * form.table_size)}
+            | ({"residual_ptr": None} if keeps_x else {}),
             {**_constants(call, form), **constants},
             form.warps,
             form.stages,

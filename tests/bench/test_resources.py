@@ -57,7 +57,9 @@ def test_three_classes_pass(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads(ran.stdout)
     assert {(row["case"], row["kernel"], row["rows"]) for row in found["rows"]} == {
-        (case, kernel, rows) for case in QUICK for kernel in ("forward", "backward") for rows in (1, 8192)
+        (case, *kernel)
+        for case in QUICK
+        for kernel in (("one_pass_forward", 8192), ("backward", 1), ("backward", 8192))
     }
     for row in found["rows"]:
         assert row["registers"] > 16
@@ -67,7 +69,7 @@ def test_three_classes_pass(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
     assert found.items() <= kept.items()
     assert {"command", "date", "torch", "triton"} <= kept.keys()
-    assert "12 kernels, 0 gates failed" in (tmp_path / "kept.md").read_text(encoding="utf-8")
+    assert "9 kernels, 0 gates failed" in (tmp_path / "kept.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
