@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+# torch remembers which functions a device context concerns when it first meets one; inside torch.compile, which replaces
+# some of them for a while, it would remember the wrong ones for the rest of the process (torch 2.13).
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_no_unwritten_memory() -> Iterator[None]:

@@ -50,6 +50,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if plan.one_pass is not None and call.adapter is None:
         variant, grid = variants(None), (plan.one_pass.programs(N, multiprocessors(x.device)),)
         tables = grid[0] * plan.one_pass.table_size
+        if variant.constants["KEEPS_X"]:
+            base = None
     else:
         blocks = plan.forward_of(largest_group(call, N))
         programs, _, pointers, _ = shares_of(call, plan, N, blocks, MAX_PROGRAMS)

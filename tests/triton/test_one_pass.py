@@ -131,7 +131,7 @@ def test_x_is_read_once(executor):
     problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16)
     with backend("triton"):
         problem.run()
-    moved = executor.launches[0].traffic["residual_ptr x_ptr"]
+    moved = executor.launches[0].traffic["x_ptr"]
     assert (moved["read"] + moved["copied"]) * 32 == problem.x.nbytes
 
 
