@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-# torch remembers which functions a device context concerns when it first meets one; inside torch.compile, which replaces
+# torch remembers which functions a device context concerns when it first meets one; in torch.compile, which replaces
 # some of them for a while, it would remember the wrong ones for the rest of the process (torch 2.13).
 with torch.device("cpu"):
     torch.empty(0)
