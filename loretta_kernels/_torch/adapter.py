@@ -128,8 +128,11 @@ def parameters_of(call: Call) -> _Parameters:
         last, bias = contract(call.up, call.up_shape, dtype), call.up_bias
         U = last.L if has_hidden(call) else last.derived("U", (down,), lambda: down.R @ last.L)
     biased = bias is not None
-    M, ones = last.derived("M", (U, scale, biased), lambda: _scaled(U, scale, biased))
-    R = last.R if bias is None else last.derived("R", (bias, scale), lambda: _with_row(last.R, bias.to(dtype) * scale))
+    factors = call.learnt_scale, call.scale  # not their product, whose place in memory the next one may get
+    M, ones = last.derived("M", (U, *factors, biased), lambda: _scaled(U, scale, biased))
+    R = last.R
+    if bias is not None:
+        R = last.derived("R", (bias, *factors), lambda: _with_row(last.R, bias.to(dtype) * scale))
     return _Parameters(down, last, bias, scale, U, M, ones, R)
 
 
