@@ -114,8 +114,8 @@ def _one_pass_forward_kernel(
     if learnt_scale_ptr is not None:
         scale *= tl.load(learnt_scale_ptr).to(tl.float32)
 
-    IN_BLOCKS: tl.constexpr = tl.cdiv(LD.inner, BLOCK_I)
-    OUT_BLOCKS: tl.constexpr = tl.cdiv(RU.inner, BLOCK_O)
+    IN_BLOCKS: tl.constexpr = (LD.inner + BLOCK_I - 1) // BLOCK_I
+    OUT_BLOCKS: tl.constexpr = (RU.inner + BLOCK_O - 1) // BLOCK_O
     IN_M: tl.constexpr = LD.OP * BLOCK_N
     OUT_M: tl.constexpr = RU.OP * BLOCK_N
     in_o = tl.arange(0, IN_M) // BLOCK_N
