@@ -65,6 +65,7 @@ $(TRITON): $(DEVELOP)
 
 test-triton: $(TRITON) ## compile the quick set of kernels with Triton 3.6.0 too, which GPU machines have; needs no GPU
 	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.resources --quick
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.resources --quick --adapters 8
 
 test-peft: $(DEVELOP) ## run PEFT's own tests with both methods in their matrices
 	$(BIN)/python tests/peft_suite/run.py

@@ -24,7 +24,6 @@ from loretta_kernels._triton.core_grads import copy, inner_product, is_last, sto
 from loretta_kernels._triton.forward_kernel import hidden, up_waist
 from loretta_kernels._triton.rows import (
     GROUP,
-    at_adapter,
     block_rows,
     copy_rows,
     group_of,
@@ -130,6 +129,7 @@ def _backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Rows of dx block by block, the sums over rows, and at the end the gradients of the parameters."""
+    D: tl.constexpr = RU if RD is None else RD  # whose end is that of the first train
     program, programs = tl.program_id(0), tl.num_programs(0)
     part = 0 if PARTS == 1 else tl.program_id(1)
     tables_ptr += (program * PARTS + part).to(tl.int64) * TABLE_SIZE
@@ -148,9 +148,14 @@ def _backward_kernel(
             return
         if ATOMIC:
             grads_ptr += group_of(items_ptr, program)[0] * GRAD_SIZE
-        down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
-            adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
-        )
+        down_ptr += adapter * D.end
+        up_ptr += adapter * RU.end
+        if down_bias_ptr is not None:
+            down_bias_ptr += adapter * D.size
+        if up_bias_ptr is not None:
+            up_bias_ptr += adapter * RU.size
+        if learnt_scale_ptr is not None:
+            learnt_scale_ptr += adapter
     store_tables(tables_ptr, down_ptr, LD)
     if RD is not None:
         store_tables(tables_ptr, down_ptr, RD)
@@ -260,16 +265,17 @@ def _backward_kernel(
         if items_ptr is not None:  # read again: what is needed only here would cost the loop registers
             group, programs = group_of(items_ptr, program)
             scratch_ptr += group * SCRATCH_SIZE
-            ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
-                item_of(items_ptr, program)[0],
-                ddown_ptr,
-                ddown_bias_ptr,
-                dup_ptr,
-                dup_bias_ptr,
-                dscale_ptr,
-                RD,
-                RU,
-            )
+            own = item_of(items_ptr, program)[0]
+            if ddown_ptr is not None:
+                ddown_ptr += own * D.end
+            if dup_ptr is not None:
+                dup_ptr += own * RU.end
+            if ddown_bias_ptr is not None:
+                ddown_bias_ptr += own * D.size
+            if dup_bias_ptr is not None:
+                dup_bias_ptr += own * RU.size
+            if dscale_ptr is not None:
+                dscale_ptr += own
         if is_last(grads_ptr + ARRIVED, programs * PARTS):
             _store_grads(
                 down_ptr, up_ptr, up_bias_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, grads_ptr,
@@ -315,12 +321,23 @@ def _sum_kernel(
         grads_ptr += first.to(tl.int64) * GRAD_SIZE
         sums_ptr += group * GRAD_SIZE
         scratch_ptr += group * SCRATCH_SIZE
-        down_ptr, _, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
-            adapter, down_ptr, None, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
-        )
-        ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr = at_adapter(
-            adapter, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, dscale_ptr, RD, RU
-        )
+        D: tl.constexpr = RU if RD is None else RD  # whose end is that of the first train
+        down_ptr += adapter * D.end
+        up_ptr += adapter * RU.end
+        if up_bias_ptr is not None:
+            up_bias_ptr += adapter * RU.size
+        if learnt_scale_ptr is not None:
+            learnt_scale_ptr += adapter
+        if ddown_ptr is not None:
+            ddown_ptr += adapter * D.end
+        if dup_ptr is not None:
+            dup_ptr += adapter * RU.end
+        if ddown_bias_ptr is not None:
+            ddown_bias_ptr += adapter * D.size
+        if dup_bias_ptr is not None:
+            dup_bias_ptr += adapter * RU.size
+        if dscale_ptr is not None:
+            dscale_ptr += adapter
     sum_programs(sums_ptr, grads_ptr, programs, ARRIVED, GRAD_SIZE)
     if is_last(sums_ptr + ARRIVED, tl.num_programs(0)):
         total = scale

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from loretta_kernels._triton._common import act, cast, dot, dropout_factor
-from loretta_kernels._triton.rows import at_adapter, block_rows, copy_rows, item_of, item_rows, load_rows, store_rows
+from loretta_kernels._triton.rows import block_rows, copy_rows, item_of, item_rows, load_rows, store_rows
 from loretta_kernels._triton.tiles import keep_heavy, load_tile, store_tables
 
 
@@ -105,9 +105,15 @@ def _forward_kernel(
             if part == 0:
                 copy_rows(waist_ptr, None, order_ptr, start, stop, 0, 1, N, 0, LD.K, BLOCK_N, LD.KP)
             return
-        down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr = at_adapter(
-            adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, learnt_scale_ptr, RD, RU
-        )
+        D: tl.constexpr = RU if RD is None else RD  # whose end is that of the first train
+        down_ptr += adapter * D.end
+        up_ptr += adapter * RU.end
+        if down_bias_ptr is not None:
+            down_bias_ptr += adapter * D.size
+        if up_bias_ptr is not None:
+            up_bias_ptr += adapter * RU.size
+        if learnt_scale_ptr is not None:
+            learnt_scale_ptr += adapter
     store_tables(tables_ptr, down_ptr, LD)
     if RD is not None:
         store_tables(tables_ptr, down_ptr, RD)

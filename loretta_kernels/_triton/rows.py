@@ -39,29 +39,6 @@ def item_rows(order_ptr, first, last, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _at(ptr, adapter, SIZE: tl.constexpr):
-    if ptr is None:
-        return tl.constexpr(None)
-    else:
-        return ptr + adapter * SIZE
-
-
-@triton.jit
-def at_adapter(
-    adapter, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, scale_ptr, RD: tl.constexpr, RU: tl.constexpr
-):  # fmt: skip
-    """Where the parameters of an adapter start in their stacks, or their gradients."""
-    R: tl.constexpr = RU if RD is None else RD
-    return (
-        _at(down_ptr, adapter, R.end),
-        _at(down_bias_ptr, adapter, R.size),
-        _at(up_ptr, adapter, RU.end),
-        _at(up_bias_ptr, adapter, RU.size),
-        _at(scale_ptr, adapter, 1),
-    )
-
-
-@triton.jit
 def copy_rows(
     out_ptr, base_ptr, order_ptr, first, last, part, parts, N, stride, SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
