@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -26,7 +26,7 @@ from loretta_kernels._triton.operands import (
     rows_of,
     shares_of,
 )
-from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Blocks, Plan, plan_of
+from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Blocks, OnePass, plan_of
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
 from loretta_kernels.shape import TTShape
@@ -34,8 +34,8 @@ from loretta_kernels.shape import TTShape
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the waist `[N, K]`."""
-    x = call.x
-    plan, variants = _variants(_forward_kernel, *_what(call, call.y_dtype), call.residual_is_x)
+    x, kernels = call.x, _kernels_of(call, call.y_dtype)
+    plan = kernels.plan
     rows, stride = rows_of(x, plan.first.size)
     base, base_stride = (rows, stride) if call.residual_is_x else (None, 0)
     if call.residual is not None:
@@ -47,15 +47,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return y, waist
     grid: tuple[int, ...]
     pointers: dict[str, Tensor | None] = {}
-    if plan.one_pass is not None and call.adapter is None:
-        variant, grid = variants(None), (plan.one_pass.programs(N, multiprocessors(x.device)),)
-        tables = grid[0] * plan.one_pass.table_size
+    if kernels.one_pass is not None and call.adapter is None:
+        form, variant = kernels.one_pass
+        grid = (form.programs(N, multiprocessors(x.device)),)
+        tables = prod(grid) * form.table_size
         if variant.constants["KEEPS_X"]:
             base = None
     else:
         blocks = plan.forward_of(largest_group(call, N))
         programs, _, pointers, _ = shares_of(call, plan, N, blocks, MAX_PROGRAMS)
-        variant, grid = variants(blocks), (programs, plan.parts(N, blocks, plan.last))
+        variant, grid = kernels.streamed(_forward_kernel, blocks), (programs, plan.parts(N, blocks, plan.last))
         tables = prod(grid) * plan.table_size
     args = {
         "x_ptr": rows,
@@ -77,7 +78,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """dx, ddown, ddown_bias, dup, dup_bias, dscale: those that `needs` names, None for the others."""
     x, atomic = call.x, not torch.are_deterministic_algorithms_enabled()
-    plan, variants = _variants(_backward_kernel, *_what(call, dy.dtype), call.residual_is_x, atomic)
+    kernels = _kernels_of(call, dy.dtype, atomic)
+    plan = kernels.plan
     rows, stride = rows_of(x, plan.first.size)
     rows_of_dy, dy_stride = rows_of(dy, plan.last.size)
     N = x.numel() // plan.first.size
@@ -118,7 +120,7 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
         "stride_dyn": dy_stride,
         "stride_xn": stride,
     }
-    launch.execute(Launch(variants(blocks, parts), (programs, parts), args))
+    launch.execute(Launch(kernels.streamed(_backward_kernel, blocks, parts), (programs, parts), args))
     if not atomic and any(needs[1:]) and groups:
         sums = {
             **shared,
@@ -126,76 +128,98 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
             "groups_ptr": of_groups,
             "programs": programs,
         }
-        _, variants = _variants(_sum_kernel, *_what(call, dy.dtype))
-        launch.execute(Launch(variants(blocks), (sum_blocks(plan.arrived), groups), sums))
+        launch.execute(Launch(kernels.streamed(_sum_kernel, blocks), (sum_blocks(plan.arrived), groups), sums))
     return grads
 
 
-def _what(call: Call, y_dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the variants of a call's kernels depend on."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    where = architecture(call.x.device)
-    return call.down_shape, call.up_shape, call.x.dtype, y_dtype, where, call.activation, call.dropout_p, exact
+class _Kernels:
+    """The plan of calls of one kind, and the variants of the kernels that serve them, each made when first used.
+
+    The arguments are all that the kernels' constants depend on, but for the blocks and the parts.
+    """
+
+    def __init__(
+        self,
+        down_shape: TTShape,
+        up_shape: TTShape | None,
+        x_dtype: torch.dtype,
+        y_dtype: torch.dtype,
+        arch: str,
+        activation: str,
+        dropout_p: float,
+        residual_is_x: bool,
+        exact: bool,
+        atomic: bool,
+    ) -> None:
+        self.plan = plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch)
+        # The products with rows are in fp32 unless x and y share 16 bits.
+        dtype = x_dtype if x_dtype is y_dtype else torch.float32
+        self._variants: dict[tuple[Any, ...], Variant] = {}
+        self._constants = {
+            **plan.named_sides,
+            "TABLE_SIZE": plan.table_size,
+            "GRAD_SIZE": plan.grad_size,
+            "SCRATCH_SIZE": plan.scratch_size,
+            "DSCALE": plan.dscale,
+            "ARRIVED": plan.arrived,
+            "BLOCK_B": plan.block_b,
+            "ACTIVATION": activation,
+            "DROPOUT_P": dropout_p,
+            "DROPPED": threshold(dropout_p),
+            "RESIDUAL_IS_X": residual_is_x,
+            "ATOMIC": atomic,
+            "DTYPE": DTYPES[dtype],
+            "PRECISION": plan.precision(exact and dtype is torch.float32),
+        }
+
+    def streamed(self, kernel: Any, blocks: Blocks, parts: int = 1) -> Variant:
+        """A kernel that walks over the features of a row."""
+        key = kernel.__name__, blocks, parts
+        if key not in self._variants:
+            of_blocks = {"BLOCK_N": blocks.n, "BLOCK_C": blocks.c, "PARTS": parts}
+            stages = 1 if kernel is _sum_kernel else blocks.stages
+            self._variants[key] = self._variant(kernel, of_blocks, blocks.warps, stages)
+        return self._variants[key]
+
+    @cached_property
+    def one_pass(self) -> tuple[OnePass, Variant] | None:
+        """The forward that keeps whole rows on the chip, where the plan has it."""
+        if (form := self.plan.one_pass) is None:
+            return None
+        of_form = {
+            **form.named_sides,
+            "TABLE_SIZE": form.table_size,
+            "LEVELS": form.levels,
+            "BLOCK_N": form.n,
+            "BLOCK_I": form.i,
+            "BLOCK_O": form.o,
+            "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
+        }
+        return form, self._variant(_one_pass_forward_kernel, of_form, form.warps, form.stages)
+
+    def _variant(self, kernel: Any, own: dict[str, Any], warps: int, stages: int) -> Variant:
+        """With those of all constants that the kernel takes."""
+        constants = {name: value for name, value in (self._constants | own).items() if name in kernel.arg_names}
+        return Variant(kernel, constants, warps, stages)
 
 
-@cache
-def _variants(
-    kernel: Any,
-    down_shape: TTShape,
-    up_shape: TTShape | None,
-    x_dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    arch: str,
-    activation: str,
-    dropout_p: float,
-    exact: bool,
-    residual_is_x: bool = False,
-    atomic: bool = True,
-) -> tuple[Plan, Callable[..., Variant]]:
-    """The plan, and the kernel's variants by the blocks and parts that a call is made with; for whole rows by None."""
-    plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch)
-    # The products with rows are in fp32 unless x and y share 16 bits.
-    dtype = x_dtype if x_dtype is y_dtype else torch.float32
-    constants = {
-        **plan.named_sides,
-        "TABLE_SIZE": plan.table_size,
-        "GRAD_SIZE": plan.grad_size,
-        "SCRATCH_SIZE": plan.scratch_size,
-        "DSCALE": plan.dscale,
-        "ARRIVED": plan.arrived,
-        "BLOCK_B": plan.block_b,
-        "ACTIVATION": activation,
-        "DROPOUT_P": dropout_p,
-        "DROPPED": threshold(dropout_p),
-        "RESIDUAL_IS_X": residual_is_x,
-        "ATOMIC": atomic,
-        "DTYPE": DTYPES[dtype],
-        "PRECISION": plan.precision(exact and dtype is torch.float32),
-    }
+_kernels = cache(_Kernels)
 
-    @cache
-    def variant(blocks: Blocks | None, parts: int = 1) -> Variant:
-        if blocks is None and plan.one_pass is not None:
-            form, used = plan.one_pass, _one_pass_forward_kernel
-            of_blocks = {
-                **form.named_sides,
-                "TABLE_SIZE": form.table_size,
-                "LEVELS": form.levels,
-                "BLOCK_N": form.n,
-                "BLOCK_I": form.i,
-                "BLOCK_O": form.o,
-                "KEEPS_X": residual_is_x and form.same_matrix,
-            }
-            warps, stages = form.warps, form.stages
-        else:
-            assert blocks is not None
-            used, of_blocks = kernel, {"BLOCK_N": blocks.n, "BLOCK_C": blocks.c, "PARTS": parts}
-            warps, stages = blocks.warps, 1 if kernel is _sum_kernel else blocks.stages
-        all_of_them = constants | of_blocks
-        taken = {name: value for name, value in all_of_them.items() if name in used.arg_names}
-        return Variant(used, taken, warps, stages)
 
-    return plan, variant
+def _kernels_of(call: Call, y_dtype: torch.dtype, atomic: bool = True) -> _Kernels:
+    """What serves a call."""
+    return _kernels(
+        call.down_shape,
+        call.up_shape,
+        call.x.dtype,
+        y_dtype,
+        architecture(call.x.device),
+        call.activation,
+        call.dropout_p,
+        call.residual_is_x,
+        torch.get_float32_matmul_precision() == "highest",
+        atomic,
+    )
 
 
 def _parameters(call: Call) -> dict[str, Tensor | None]:
