@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 
 from loretta_kernels import TTShape, explain
+from loretta_kernels._triton.planned import planned
 
 DOWN, UP = TTShape.for_matrix(4096, 64, 5), TTShape.for_matrix(64, 4096, 5)
 
@@ -20,6 +23,19 @@ def test_names_the_factors_the_launches_and_the_compulsory_bytes(capsys):
     assert "compulsory 201 MB" in text
 
 
+@pytest.mark.parametrize(("rows", "adapters"), [(8192, 3), (512, 64), (5, 64), (0, 2)])
+def test_of_stacked_adapters_it_names_what_is_launched(rows, adapters, capsys):
+    explain(DOWN, UP, rows=rows, adapters=adapters)
+    text = capsys.readouterr().out
+    assert f"for {rows} rows of {adapters} stacked adapters in turn in bfloat16" in text
+    launches = planned("tt_adapter", (DOWN, UP), N=rows, adapters=adapters)
+    assert len(launches) == (2 if rows else 0)
+    for launch in launches:
+        kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        blocks = f"{launch.constants['BLOCK_N']} rows and {launch.constants['BLOCK_C']} features at a time"
+        assert f"{kernel}: {prod(launch.grid)} programs of {launch.options()['num_warps']} warps, {blocks}" in text
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("rank", [1, 5, 16, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,6 +44,11 @@ def test_every_shape_has_a_plan(size, dtype, rank, arch, capsys):
     explain(TTShape.for_matrix(size, 8, rank), TTShape.for_matrix(8, size, rank), dtype=dtype, rows=1, arch=arch)
     explain(TTShape.for_matrix(size, size, rank), dtype=dtype, arch=arch)
     assert capsys.readouterr().out.count("backward") == 2
+
+
+def test_rejects_a_negative_number_of_adapters():
+    with pytest.raises(ValueError, match="adapters must be 0 or more, got -1"):
+        explain(DOWN, UP, adapters=-1)
 
 
 def test_rejects_trains_that_do_not_meet():
