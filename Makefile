@@ -6,7 +6,7 @@ DEVELOP := .venv/.can-develop
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-PEERS := .cache/peers/upstream
+PEERS := .cache/peers/upstream .cache/peers/lycoris
 BENCH = $(BIN)/python -m pytest -q --benchmark-quiet
 .PHONY: help demo demo-cls test test-long test-distributed test-versions test-triton test-peft docs bench bench-gpu peers lint clean
 
@@ -75,11 +75,15 @@ docs: $(DEVELOP) ## write pages on the API, from docstrings, to site
 		loretta_kernels loretta_kernels.nn '!loretta_kernels.explain'
 
 # The released implementation, GPL-3, in a folder of its own: only the benchmarks load it, under another name.
-$(PEERS): $(RUN)
+.cache/peers/upstream: $(RUN)
 	$(PIP) --no-deps --target $@ loretta==0.1.0
 	touch $@
 
-peers: $(PEERS) ## install upstream, which the benchmarks compare with
+.cache/peers/lycoris: $(RUN)
+	$(PIP) --no-deps --target $@ lycoris-lora==4.0.0 einops==0.8.1 toml==0.10.2
+	touch $@
+
+peers: $(PEERS) ## install upstream and LyCORIS, which the benchmarks compare with
 
 bench: $(DEVELOP) $(PEERS) ## measure against peers on the CPU, a quick set in 5 minutes, and write bench/results/REPORT.md
 	OMP_NUM_THREADS=1 $(BENCH) --device cpu bench

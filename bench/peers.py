@@ -6,8 +6,12 @@ faster choice for them; our cores are in fp32, as our layers keep them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,7 @@ from bench.upstream import Unavailable
 from loretta_kernels import TT, backend, reference, tt_adapter, tt_linear, tt_lora
 
 OURS = "loretta"
+LYCORIS = Path(__file__).parents[1] / ".cache" / "peers" / "lycoris"
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of norms; another function is off by about 1
 
 
@@ -65,6 +70,8 @@ def peers_of(problem: Problem) -> Iterator[tuple[str, Callable[[], Peer]]]:
     if cell.kind == "rep":
         yield "LoRA r=8", lambda: _lora(problem, 8)
         yield "LoRA r=16", lambda: _lora(problem, 16)
+        if problem.device.type == "cuda":  # elsewhere it is plain PyTorch, as PEFT's
+            yield "LyCORIS r=8", lambda: _lycoris(problem)
     else:
         yield "dense", lambda: _dense(problem)
 
@@ -170,13 +177,43 @@ def _lora(problem: Problem, r: int) -> Peer:
     """PEFT's LoRA at rank r, ranks that the problem does not have filled up with zeros."""
     model = nn.ModuleDict({"proj": nn.Linear(problem.cell.d, problem.cell.d, bias=False, device="meta")})
     layer = get_peft_model(model, LoraConfig(r=r, target_modules=["proj"])).base_model.model["proj"]
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    A.weight, B.weight = _factors(problem, r)
+    return Peer(_two_step(problem, [A, B]), _with_biases(problem, {"A": A.weight, "B": B.weight}))
+
+
+def _factors(problem: Problem, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """LoRA's A `[r, I]` and B `[O, r]`, with zeros in the ranks that the problem does not have."""
     missing = r - problem.cell.width
     if missing < 0:
         raise Unavailable(f"the problem has r = {problem.cell.width}")
-    A, B = layer.lora_A["default"], layer.lora_B["default"]
-    A.weight = nn.Parameter(F.pad(problem.matrix(0), (0, missing)).t().to(problem.dtype).contiguous())
-    B.weight = nn.Parameter(F.pad(problem.matrix(1), (0, 0, 0, missing)).t().to(problem.dtype).contiguous())
-    return Peer(_two_step(problem, [A, B]), _with_biases(problem, {"A": A.weight, "B": B.weight}))
+    A, B = F.pad(problem.matrix(0), (0, missing)), F.pad(problem.matrix(1), (0, 0, 0, missing))
+    return nn.Parameter(A.t().to(problem.dtype).contiguous()), nn.Parameter(B.t().to(problem.dtype).contiguous())
+
+
+def _lycoris(problem: Problem) -> Peer:
+    """LyCORIS's LoRA: fused Triton kernels, one launch forward and one backward."""
+    delta, base = lycoris_delta(), problem.base
+    A, B = _factors(problem, 8)
+    leaves = _with_biases(problem, {"A": A, "B": B})
+    return Peer(lambda: base + delta(problem.x, None, A, B, None, gamma=SCALE), leaves)
+
+
+@cache
+def lycoris_delta() -> Callable[..., Tensor]:
+    """What computes scale · x · A · B there.
+
+    Raises:
+        Unavailable: it is not installed, or cannot be imported.
+    """
+    if not LYCORIS.is_dir():
+        raise Unavailable("not installed: make peers")
+    sys.path.append(str(LYCORIS))
+    try:
+        delta: Callable[..., Tensor] = import_module("lycoris.functional.locon").bypass_forward_diff
+    except Exception as error:
+        raise Unavailable(f"import: {type(error).__name__}: {error}") from error
+    return delta
 
 
 def _two_step(problem: Problem, modules: list[nn.Module]) -> Callable[[], Tensor]:

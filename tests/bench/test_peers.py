@@ -77,6 +77,19 @@ def test_a_size_that_upstream_lacks_says_so():
         upstream.projections("adp", 2048, 64, 5)
 
 
+@pytest.mark.skipif(not bench.peers.LYCORIS.is_dir(), reason="make peers installs LyCORIS")
+def test_lycoris_computes_the_same():
+    problem = Problem(CELLS[1], torch.float32, CPU)
+    assert bench.peers._lycoris(problem).error(problem) < 1e-5
+
+
+def test_without_lycoris_the_message_says_how_to_get_it(monkeypatch, tmp_path):
+    bench.peers.lycoris_delta.cache_clear()
+    monkeypatch.setattr(bench.peers, "LYCORIS", tmp_path / "absent")
+    with pytest.raises(upstream.Unavailable, match="make peers"):
+        bench.peers.lycoris_delta()
+
+
 def test_without_upstream_the_message_says_how_to_get_it(monkeypatch, tmp_path):
     upstream.load.cache_clear()
     monkeypatch.setattr(upstream, "FOLDER", tmp_path / "absent")
