@@ -111,8 +111,8 @@ def _serving(call: Call) -> ModuleType:
 
 @cache
 def _implementation(name: str) -> ModuleType:
-    """The package that holds a backend's functions, imported when first used."""
-    return import_module(f"loretta_kernels._{name}")
+    """The module that holds a backend's functions, imported when first used."""
+    return import_module({"torch": "loretta_kernels._torch", "triton": "loretta_kernels._triton.adapter"}[name])
 
 
 def why_not_triton(call: Call) -> str | None:

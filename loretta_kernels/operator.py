@@ -191,8 +191,14 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether no dispatch mode is on and no tensor is a subclass, lazily negated or conjugated."""
     if is_in_torch_dispatch_mode():
         return False
-    plain = _plain_keys(next(t.device.type for t in tensors if t is not None))
-    return all(t is None or torch._C._dispatch_keys(t).raw_repr() in plain for t in tensors)
+    plain: frozenset[int] | None = None
+    for t in tensors:  # no generator: that would take as long as all it does
+        if t is not None:
+            if plain is None:
+                plain = _plain_keys(t.device.type)
+            if torch._C._dispatch_keys(t).raw_repr() not in plain:
+                return False
+    return True
 
 
 @cache

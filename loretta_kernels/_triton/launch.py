@@ -51,7 +51,7 @@ class Variant:
     def __call__(self, grid: tuple[int, ...], args: dict[str, Any], device: int) -> None:
         """Launch it on that device, which is the current one."""
         values = [args.get(name) for name in self.names]
-        key = device, *map(_specialised, values)
+        key = device, *[_specialised(value) for value in values]
         kernel = self.compiled.get(key)
         if kernel is None:
             self.compiled[key] = self.kernel[grid](**args, **self.constants, **self.options)

@@ -43,7 +43,8 @@ def has_triton(monkeypatch) -> None:
 
 
 def served_by(call) -> str:
-    return _dispatch._serving(call).__name__.rpartition("_")[2]
+    package, *_ = _dispatch._serving(call).__name__.removeprefix("loretta_kernels._").split(".")
+    return package
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
