@@ -18,6 +18,7 @@ from bench.plots import plot_operator, plot_training
 RESULTS = Path(__file__).parent / "results"
 OPERATORS = {"tt_adapter": "LoRETTA_adp", "tt_lora": "LoRETTA_rep, the delta alone", "tt_linear": "a tensorised layer"}
 OURS = "loretta"
+PREDICTED = Path("predicted") / "bf16-sm_90.json"
 MIB = 2**20
 Run = dict[str, Any]
 
@@ -176,6 +177,17 @@ def _wrapping(records: Sequence[dict[str, Any]]) -> str:
     return table(header, rows) + _reasons(records)
 
 
+def predicted(predictions: Iterable[dict[str, Any]]) -> str:
+    """A line for each direction of each class: microseconds, and the floor, by rows."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    rows: dict[int, None] = {}
+    for each in predictions:
+        rows[each["rows"]] = None
+        cell = f"{each['low']:.3g} to {each['high']:.3g} ({each['floor']:.2g})"
+        lines.setdefault((each["case"], each["direction"]), []).append(cell)
+    return table(("class", "direction", *(f"{N} rows" for N in rows)), [(*key, *cells) for key, cells in lines.items()])
+
+
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -191,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sections:
         print(f"no results under {results}: make bench", file=sys.stderr)
         return 1
+    if (path := results / PREDICTED).exists():
+        sections += ["## An H100, predicted by a model and not measured", PREDICTION]
+        sections.append(predicted(json.loads(path.read_text())["predictions"]))
     text = "\n\n".join(["# Benchmarks", f"Made by `python -m bench.report`; {HOW}", *sections])
     (results / "REPORT.md").write_text(text + "\n")
     print(results / "REPORT.md")
@@ -201,6 +216,11 @@ HOW = (
     "[bench/README.md](../README.md) says how it was measured. Times are medians over interleaved rounds; a ratio is a "
     "peer's forward and backward over ours, above 1 ours is faster. Every peer's output and gradients were checked "
     "first. `kept` is what stays for backward, x included and parameters not."
+)
+
+PREDICTION = (
+    "Microseconds of forward and backward in bf16, from the compiled kernels' cycles and bytes (`python -m "
+    "bench.predict --help` says how); in brackets the time that the compulsory bytes take. No GPU has run them."
 )
 
 if __name__ == "__main__":
