@@ -95,7 +95,8 @@ class OnePass(Sides):
     def words(self) -> str:
         """In words."""
         first, last = self.sides[0], self.sides[-1]
-        return f"{self.n} whole rows at a time, {first.outer} x {first.inner} in and {last.outer} x {last.inner} out"
+        shapes = f"{first.outer} x {first.inner} in and {last.outer} x {last.inner} out"
+        return f"{self.n} whole rows at a time, {shapes}, by {self.i} and {self.o} features"
 
     @property
     def same_matrix(self) -> bool:
