@@ -19,6 +19,7 @@ MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
 X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
 MAX_PARTS = 64
+BOTTLENECK = 32  # 64 take 40 registers more and spill where others do not, and save 2 % of the cycles
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Plan(Sides):
     @cached_property
     def block_b(self) -> int:
         """Features of the bottleneck taken at a time."""
-        return min(self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
+        return min(BOTTLENECK, self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
 
     @cached_property
     def scratch_size(self) -> int:
@@ -248,7 +249,7 @@ ROWS = (
         decoding=Blocks(16, 64, 4, 2), few_backward=Blocks(64, 32, 8, 2), why="8 warps for few rows spill"),
     Row("sm_10", 4, "low", Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1),
         why="at 64 rows the compiler fails when it splits fp32 products in three (triton 3.7.1)"),
-    Row(None, 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    Row(None, 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3)),
     Row(None, 2, "middle", Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     Row(None, 2, "high", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
     Row(None, 4, "low", Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1)),

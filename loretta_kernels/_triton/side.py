@@ -11,8 +11,11 @@ side of few features, such as the bottleneck, is not cut: it is all heavy, and A
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from loretta_kernels.shape import TTShape
@@ -20,6 +23,7 @@ from loretta_kernels.shape import TTShape
 ALIGN = 32  # elements: a table starts on a line of 128 bytes
 WHOLE = 512  # features up to which a side is one table
 KEPT = 8  # heavy rows that a program keeps in registers
+CONTRACTED = 4096  # elements at a time, where gradients of sides become those of cores: it is done by one program
 LARGEST_COPY = 16384  # elements of a single core that are worth copying into a table
 
 
@@ -31,6 +35,12 @@ def round_up(size: int, multiple: int) -> int:
 def next_power_of_2(size: int) -> int:
     """The least power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
+
+
+@cache
+def _digest_of(modules: tuple[str, ...]) -> str:
+    """A digest of the modules' source."""
+    return hashlib.sha256("".join(inspect.getsource(sys.modules[name]) for name in modules).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,11 @@ class Side:
     split: int
     table: int = 0
     grad: int = 0
+
+    def __str__(self) -> str:
+        """What Triton's cache on disk knows a constant by: the fields, and the code that derives from them what the
+        kernels read, which may be another in another version of this package."""
+        return f"{self!r} {_digest_of(tuple(each.__module__ for each in type(self).__mro__[:-1]))}"
 
     @cached_property
     def count(self) -> int:
@@ -240,6 +255,15 @@ class Side:
             starts.append(at)
             at += round_up(self.chain_rows[j] * self.ranks[j], ALIGN)
         return (*starts, at)
+
+    @cached_property
+    def contraction(self) -> tuple[tuple[int, int], ...]:
+        """For each core: columns and rows at a time of the gradient of the product that ends with it."""
+        found = []
+        for rows, columns in zip(self.chain_rows, self.columns, strict=True):
+            block = min(64, max(16, next_power_of_2(columns)))
+            found.append((block, max(64, min(next_power_of_2(rows), CONTRACTED // block))))
+        return tuple(found)
 
     @cached_property
     def flops(self) -> int:

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from loretta_kernels import TTShape
+
 pytest.importorskip("triton")
+from triton.compiler import ASTSource
+
+from loretta_kernels._triton import side
 from loretta_kernels._triton.launch import Variant
+from loretta_kernels._triton.planned import planned
 
 
 class Kernel:
@@ -89,3 +95,18 @@ def test_each_device_has_its_own(kernel, variant):
 def test_constants_must_come_last(kernel):
     with pytest.raises(ValueError, match="the last arguments of kernel must be scale"):
         Variant(kernel, {"scale": 1.0}, 4, 2)
+
+
+def test_kernels_on_disk_are_of_the_code_that_plans_them(monkeypatch):
+    """Triton keeps them by the constants' text: what is derived from a side's fields must be in it."""
+
+    def keys():
+        launches = planned("tt_adapter", (TTShape.for_matrix(256, 8, 3), TTShape.for_matrix(8, 256, 3)), N=70)
+        return [ASTSource(**record.source()).hash() for record in launches]
+
+    before = keys()
+    assert keys() == before
+    digest = side._digest_of
+    monkeypatch.setattr(side, "_digest_of", lambda modules: digest(modules)[::-1])
+    assert not set(keys()) & set(before)
+    assert digest(("loretta_kernels._triton.row_side",)) != digest(("loretta_kernels._triton.side",))
