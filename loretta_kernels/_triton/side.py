@@ -23,7 +23,7 @@ from loretta_kernels.shape import TTShape
 ALIGN = 32  # elements: a table starts on a line of 128 bytes
 WHOLE = 512  # features up to which a side is one table
 KEPT = 8  # heavy rows that a program keeps in registers
-CONTRACTED = 4096  # elements at a time, where gradients of sides become those of cores: it is done by one program
+CONTRACTED = 2048  # elements at a time, where gradients of sides become those of cores: it is done by one program
 LARGEST_COPY = 16384  # elements of a single core that are worth copying into a table
 
 
