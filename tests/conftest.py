@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -15,6 +16,13 @@ import torch
 # some of them for a while, it would remember the wrong ones for the rest of the process (torch 2.13).
 with torch.device("cpu"):
     torch.empty(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage() -> None:
+    """Every training of transformers collects garbage, which takes half a second of looking at what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-"""bench.resources, of a kernel that keeps more than there are registers, in a loop, and loads x in narrow pieces."""
-
-import sys
+"""A kernel that keeps more than there are registers, in a loop, and loads x in narrow pieces."""
 
 import torch
 import triton
@@ -29,7 +27,3 @@ def measure(case, arch, dtype):
     size = 256 * ARCHITECTURES[arch].lanes  # in each of two tiles
     launch = Launch(Variant(_spilling_kernel, {"SIZE": size}, 1, 1), (1,), {"x_ptr": x, "y_ptr": x, "N": 7})
     return [resources.compiled(case, arch, dtype, 7, launch)]
-
-
-if __name__ == "__main__":
-    sys.exit(resources.main(measure=measure))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import resources
 from bench.architectures import ARCHITECTURES
 from bench.global_loads import load_widths
 from bench.machine_code import _SASS, _counts
@@ -16,6 +17,7 @@ from tests.bench.processes import run_python
 
 pytest.importorskip("triton")
 from loretta_kernels._triton.plan import shared_limit
+from tests.bench.spilling import measure
 
 GOOD = Resources(
     case="adp 4096x64x5",
@@ -51,11 +53,12 @@ BAD = {
 }
 
 
-def test_a_class_passes(tmp_path: Path) -> None:
-    command = "-m", "bench.resources", "--classes", "cls 768 5", "--jobs", "1", "--json"
-    ran = run_python(*command, "--out", str(tmp_path / "kept"))
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = json.loads(ran.stdout)
+def test_a_class_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "--classes", "cls 768 5", "--jobs", "1", "--json", "--out", str(tmp_path / "kept")
+    code = resources.main(command)
+    said = capsys.readouterr()
+    assert code == 0, said
+    found = json.loads(said.out)
     assert {(row["case"], row["kernel"], row["rows"]) for row in found["rows"]} == {
         ("cls 768 5", *kernel) for kernel in (("one_pass_forward", 8192), ("backward", 1), ("backward", 8192))
     }
@@ -82,10 +85,11 @@ def test_odd_shapes_compile_and_fit_into_little_shared_memory() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_fails_on_a_kernel_that_spills(arch: str) -> None:
-    ran = run_python("-m", "tests.bench.spilling", "--classes", "cls 768 5", "--jobs", "1", "--json", "--arch", arch)
-    assert ran.returncode == 1, ran.stdout + ran.stderr
-    result = json.loads(ran.stdout)
+def test_fails_on_a_kernel_that_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = resources.main(["--classes", "cls 768 5", "--jobs", "1", "--json", "--arch", arch], measure)
+    said = capsys.readouterr()
+    assert code == 1, said
+    result = json.loads(said.out)
     (row,) = result["rows"]
     assert row["local_bytes"] > 0
     assert 0 < row["local_in_loops"] <= row["local_accesses"]

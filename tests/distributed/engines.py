@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.modules.update(dict.fromkeys(("torchao", "bitsandbytes")))  # PEFT would import them, for two seconds
+
 import torch
 import torch.distributed as dist
 from torch import nn

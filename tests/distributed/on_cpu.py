@@ -7,6 +7,9 @@ are CPUs, so that alone is changed here. What is then sharded, run and saved is 
 import os
 import sys
 
+if __name__ == "__main__":
+    sys.modules.update(dict.fromkeys(("torchao", "bitsandbytes")))  # PEFT would import them, for two seconds
+
 import transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType

@@ -148,25 +148,30 @@ def test_an_exported_graph_holds_no_backend():
         exported.module()(LINEAR.x, LINEAR.down)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a new process."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
+@pytest.fixture
+def environment_says(monkeypatch):
+    """Lets every thread find this name in the environment, as at the import."""
+
+    def says(name: str) -> None:
+        monkeypatch.setenv("LORETTA_BACKEND", name)
+        monkeypatch.setattr(_dispatch, "_choice", _dispatch._Choice())
+
+    return says
 
 
-def test_the_environment_forces_a_backend():
-    forced = python(CALL, LORETTA_BACKEND="triton")
-    assert 'RuntimeError: backend "triton" was asked for' in forced.stderr
-    assert python(CALL, LORETTA_BACKEND="torch").stdout == "[[2.0, 2.0]]\n"
+def test_the_environment_forces_a_backend(environment_says):
+    environment_says("triton")
+    with pytest.raises(RuntimeError, match='backend "triton" was asked for'):
+        LINEAR.run()
+    environment_says("torch")
+    assert _dispatch.forced() == "torch"
+    LINEAR.run()
 
 
-def test_a_wrong_name_in_the_environment_is_named_when_first_used():
-    wrong = python(CALL, LORETTA_BACKEND="cuda")
-    assert "ValueError: LORETTA_BACKEND got 'cuda', expected one of auto, torch, triton" in wrong.stderr
+def test_a_wrong_name_in_the_environment_is_named_when_first_used(environment_says):
+    environment_says("cuda")
+    with pytest.raises(ValueError, match="LORETTA_BACKEND got 'cuda', expected one of auto, torch, triton"):
+        LINEAR.run()
 
 
 def test_imports_with_torch_alone():
@@ -177,7 +182,8 @@ for absent in ("triton", "numpy", "transformers", "peft", "safetensors"):
 import loretta_kernels, loretta_kernels.nn, loretta_kernels.selfcheck
 assert "loretta" not in sys.modules
 """
-    outcome = python(code + CALL, PYTHONWARNINGS="ignore")  # torch warns of numpy
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # torch warns of numpy
+    outcome = subprocess.run([sys.executable, "-c", code + CALL], capture_output=True, text=True, env=environment)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout == "[[2.0, 2.0]]\n"
     assert outcome.stderr == ""

@@ -6,6 +6,7 @@ rename, a removal, a folder made, and the middle of each file that torch or safe
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ def finetune(arguments: list[str], die_at: int | str | None, log: Path) -> None:
     from loretta.__main__ import main
     from loretta.cli.training import Progress
 
+    gc.freeze()  # the Trainer's collections would look at all that the server imported
     torch.set_num_threads(1)
     words = log.open("a")
     os.dup2(words.fileno(), 1)

@@ -58,6 +58,7 @@ class Running:
     """A server that runs, and what it is made of."""
 
     url: str
+    client: Any
     batcher: Batcher
     store: AdapterStore
     loop: asyncio.AbstractEventLoop
@@ -65,9 +66,7 @@ class Running:
 
     def post(self, path: str = "completions", **body: Any) -> Any:
         """One request; "base" and no randomness unless the body says otherwise."""
-        import httpx
-
-        return httpx.post(f"{self.url}/v1/{path}", json={"model": "base", "temperature": 0} | body, timeout=60)
+        return self.client.post(f"{self.url}/v1/{path}", json={"model": "base", "temperature": 0} | body)
 
     def idle(self) -> bool:
         """Whether it becomes idle within some seconds."""
@@ -81,10 +80,13 @@ class Running:
 @pytest.fixture
 def serve(tmp_path: Path, folders: dict[str, Path]) -> Iterator[Callable[..., Running]]:
     """Starts a server with all adapters; options are the batcher's."""
+    import httpx
     import uvicorn
 
     from loretta.serve.app import make_app
 
+    # A connection for each request, but no certificates read for each, which takes longer than most answers.
+    client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=120)
     started: list[tuple[Any, threading.Thread]] = []
 
     def start(**options: Any) -> Running:
@@ -100,9 +102,10 @@ def serve(tmp_path: Path, folders: dict[str, Path]) -> Iterator[Callable[..., Ru
         started.append((server, thread))
         while not server.started:
             time.sleep(0.01)
-        return Running(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher, store, loop, tokenizer)
+        return Running(f"http://127.0.0.1:{listening.getsockname()[1]}", client, batcher, store, loop, tokenizer)
 
     yield start
+    client.close()
     for server, thread in started:
         server.should_exit = True
         thread.join(30)

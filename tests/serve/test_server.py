@@ -16,7 +16,7 @@ import pytest
 
 from tests.serve.conftest import NAMES
 
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
@@ -33,7 +33,7 @@ def streamed(response: Any) -> tuple[list[dict[str, Any]], str]:
     return events, "".join(choice["delta"]["content"] if "delta" in choice else choice["text"] for choice in choices)
 
 
-def ask(url: str, number: int) -> tuple[str, str, int, str]:
+def ask(server: Any, number: int) -> tuple[str, str, int, str]:
     """One of 200 requests: some of the base, some chats, some streamed; its model, prompt, length and answer."""
     draw = random.Random(number)
     name = draw.choice([*NAMES, "base"])
@@ -41,13 +41,13 @@ def ask(url: str, number: int) -> tuple[str, str, int, str]:
     body: dict[str, Any] = {"model": name, "max_tokens": draw.randint(1, 24), "temperature": 0}
     is_chat, is_streamed = draw.random() < 0.3, draw.random() < 0.5
     body |= {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
-    path = f"{url}/v1/{'chat/' if is_chat else ''}completions"
+    path = f"{server.url}/v1/{'chat/' if is_chat else ''}completions"
     if is_streamed:
-        with httpx.stream("POST", path, json=body | {"stream": True}, timeout=120) as response:
+        with server.client.stream("POST", path, json=body | {"stream": True}) as response:
             assert response.status_code == 200
             text = streamed(response)[1]
     else:
-        response = httpx.post(path, json=body, timeout=120)
+        response = server.client.post(path, json=body)
         assert response.status_code == 200, response.text
         (choice,) = response.json()["choices"]
         text = choice["message"]["content"] if is_chat else choice["text"]
@@ -61,7 +61,7 @@ def test_two_hundred_requests_from_sixteen_clients_are_answered_as_alone(serve, 
     generate = server.batcher.model.generate
     server.batcher.model.generate = lambda names, **options: sizes.append(len(set(names))) or generate(names, **options)
     with ThreadPoolExecutor(16) as clients:
-        answers = list(clients.map(lambda number: ask(server.url, number), range(200)))
+        answers = list(clients.map(lambda number: ask(server, number), range(200)))
     for name, prompt, max_tokens, text in answers:
         assert text == alone(name, prompt, max_tokens), (name, prompt)
     assert len({text for *_, text in answers}) > 150
@@ -85,7 +85,7 @@ def test_an_answer_has_openai_s_form(serve, talker) -> None:
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
     assert (choice["index"], choice["finish_reason"], len(choice["text"])) == (0, "length", 5)
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
-    with httpx.stream(
+    with server.client.stream(
         "POST", f"{server.url}/v1/completions",
         json=body | {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
     ) as response:  # fmt: skip
@@ -100,7 +100,7 @@ def test_an_answer_has_openai_s_form(serve, talker) -> None:
     answer = server.post("chat/completions", **body).json()
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"]["role"] == "assistant"
-    with httpx.stream(
+    with server.client.stream(
         "POST", f"{server.url}/v1/chat/completions", json=body | {"model": "base", "temperature": 0, "stream": True}
     ) as response:
         events, text = streamed(response)
@@ -112,13 +112,13 @@ def test_an_answer_has_openai_s_form(serve, talker) -> None:
 
 def test_the_models_are_the_base_and_the_adapters_of_now(serve, folders) -> None:
     server = serve()
-    listed = httpx.get(f"{server.url}/v1/models").json()
+    listed = server.client.get(f"{server.url}/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["base", *NAMES]
     other = type(server.store)(server.store.folder)
     other.remove([NAMES[0]])
     other.add({"new": folders[NAMES[1]]})
-    assert httpx.get(f"{server.url}/v1/models/{NAMES[0]}").status_code == 404
-    assert httpx.get(f"{server.url}/v1/models/new").json()["parent"] == "base"
+    assert server.client.get(f"{server.url}/v1/models/{NAMES[0]}").status_code == 404
+    assert server.client.get(f"{server.url}/v1/models/new").json()["parent"] == "base"
     answers = [server.post(model=name, prompt="abc", max_tokens=8) for name in ("new", NAMES[1], NAMES[0])]
     assert [answer.status_code for answer in answers] == [200, 200, 404]
     assert answers[0].json()["choices"] == answers[1].json()["choices"]
@@ -199,19 +199,19 @@ def test_malformed_requests_are_errors_of_the_client(serve) -> None:
             if streaming and not content.startswith(b'{"'):
                 continue
             sent = streaming + content[1:] if streaming else content
-            answer = httpx.post(
-                f"{server.url}/v1/{path}", content=sent, headers={"content-type": "application/json"}, timeout=60
+            answer = server.client.post(
+                f"{server.url}/v1/{path}", content=sent, headers={"content-type": "application/json"}
             )
             if name == "too-many-bytes":
                 assert answer.status_code == 413
             else:
                 expect_error(answer, 400)
     server.tokenizer.chat_template = None
-    expect_error(httpx.post(f"{server.url}/v1/chat/completions", json=CHAT), 400)
+    expect_error(server.client.post(f"{server.url}/v1/chat/completions", json=CHAT), 400)
     server.tokenizer.chat_template = template
-    expect_error(httpx.post(f"{server.url}/v1/completions", content=json.dumps(GOOD)), 400)  # no content type
-    expect_error(httpx.get(f"{server.url}/v1/completions"), 405)
-    expect_error(httpx.post(f"{server.url}/v2/completions", json=GOOD), 404)
+    expect_error(server.client.post(f"{server.url}/v1/completions", content=json.dumps(GOOD)), 400)  # no content type
+    expect_error(server.client.get(f"{server.url}/v1/completions"), 405)
+    expect_error(server.client.post(f"{server.url}/v2/completions", json=GOOD), 404)
     assert server.post(**GOOD, n=1, user="me", logprobs=None, seed=None).status_code == 200
     assert server.post("chat/completions", **CHAT).status_code == 200
     assert server.idle()

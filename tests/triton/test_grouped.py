@@ -19,6 +19,7 @@ from tests.kernels.problems import (
     square,
 )
 from tests.kernels.test_operators import Compiled
+from tests.triton.conftest import ARCHITECTURES
 
 pytest.importorskip("triton")
 from loretta_kernels._triton import adapter, launch
@@ -39,28 +40,39 @@ def shapes_of(operator):
     return SHAPES[:1] if operator == "tt_linear" else SHAPES
 
 
-def some_groupings(schedule):
-    """Of 200 groupings a share for each schedule; all of them, in as many schedules, in the slow tests."""
-    return list(groupings(200))[schedule::SCHEDULES] if schedule < SCHEDULES else list(groupings(200))
+def some_groupings(schedule, arch):
+    """Of 200 groupings a share for each schedule and architecture; all of them in each of the slow tests' schedules."""
+    if schedule >= SCHEDULES:
+        return list(groupings(200))
+    return list(groupings(200))[schedule + SCHEDULES * ARCHITECTURES.index(arch) :: SCHEDULES * len(ARCHITECTURES)]
 
 
 @every_schedule
-@every_operator
-def test_rows_get_what_their_adapter_alone_gives_them(operator, schedule):
-    for number, (index, adapters) in enumerate(some_groupings(schedule)):
+@pytest.mark.parametrize(
+    ("executor", "operator"),
+    [*(("sm_90", operator) for operator in OPERATORS), ("sm_80", "tt_adapter")],
+    indirect=["executor"],
+)
+def test_rows_get_what_their_adapter_alone_gives_them(operator, schedule, executor):
+    for number, (index, adapters) in enumerate(some_groupings(schedule, executor.arch)):
         options = {"index": index, "adapters": adapters}
         with backend("triton"):
             check(exact_problem(operator, shapes_of(operator), len(index), torch.float32, **options), "triton")
-        if number % 10 == 0:  # the single form's launches take as long again for each adapter
+        # the single form is compiled too, and its launches take as long again for each adapter
+        if number % 10 == 0 and executor.arch == "sm_90":
             with backend("triton"):
                 problem = random_problem(operator, shapes_of(operator), len(index), torch.float32, **options)
                 assert_as_one_at_a_time(problem, 2e-6)
 
 
 @every_schedule
-@every_operator
-def test_sixteen_bits_within_the_judge(operator, schedule):
-    for index, adapters in some_groupings(schedule)[::6]:
+@pytest.mark.parametrize(
+    ("executor", "operator"),
+    [("sm_90", "tt_linear"), ("sm_90", "tt_adapter"), ("sm_80", "tt_lora")],
+    indirect=["executor"],
+)
+def test_sixteen_bits_within_the_judge(operator, schedule, executor):
+    for index, adapters in some_groupings(schedule, executor.arch)[::4]:
         options = {"index": index, "adapters": adapters}
         with backend("triton"):
             check(random_problem(operator, shapes_of(operator), len(index), torch.bfloat16, **options), "triton")
@@ -71,13 +83,20 @@ def grouped(operator, rows, index, adapters, dtype=torch.float32, **options):
     return random_problem(operator, shapes, rows, dtype, index=index, adapters=adapters, **options)
 
 
-@pytest.mark.parametrize("residual", ["x", "another", "none"])
+@pytest.mark.parametrize("residual", ["x", "none"])
 @one_architecture
-def test_every_option(residual):
+def test_every_option_and_an_adapter_for_a_sequence(residual):
     options = {"residual": residual, "activation": "silu", "dropout_p": 0.3}
     with backend("triton"):
-        check(grouped("tt_adapter", (7, 3), INDEX, 4, torch.bfloat16, **options), "triton")  # a row for each sequence
-        check(replace(grouped("tt_adapter", 7, INDEX.int(), 4, biases=False, **options), scale=0.5), "triton")
+        check(grouped("tt_adapter", (7, 3), INDEX, 4, torch.bfloat16, **options), "triton")
+
+
+@pytest.mark.parametrize("residual", ["another", "none"])
+@one_architecture
+def test_no_bias_a_scale_that_is_a_number_and_an_index_of_32_bits(residual):
+    options = {"residual": residual, "activation": "silu", "dropout_p": 0.3, "biases": False, "scale": 0.5}
+    with backend("triton"):
+        check(grouped("tt_adapter", 7, INDEX.int(), 4, **options), "triton")
 
 
 @pytest.mark.parametrize("most", [1, 2, 1024])
@@ -98,7 +117,7 @@ def test_groups_of_several_blocks_and_several_programs(most, monkeypatch):
 @one_architecture
 def test_one_launch_forward_and_one_backward(operator):
     with backend("triton"), launch.recorded(run=True) as launches:
-        answers = grouped(operator, 7, INDEX, 4).solve()
+        answers = grouped(operator, 7, INDEX, 4, scale=1.0).solve()
     assert [record.kernel.__name__ for record in launches] == ["_forward_kernel", "_backward_kernel"]
     assert not answers["ddown"][[1, 3]].any()
 
@@ -124,7 +143,7 @@ def test_deterministic_sums_are_the_same_bits_in_every_schedule(monkeypatch):
 @every_operator
 @one_architecture
 def test_rows_without_an_adapter_alone(operator):
-    problem = grouped(operator, 5, torch.full((5,), -1), 3)
+    problem = grouped(operator, 5, torch.full((5,), -1), 3, scale=1.0)
     with backend("triton"):
         answers = problem.solve()
     base = {"tt_linear": 0, "tt_adapter": problem.x, "tt_lora": problem.residual}[operator]
@@ -152,19 +171,18 @@ def test_compiles_whole_and_groups_are_sorted_once():
 @every_operator
 @one_architecture
 def test_is_planned_alike_without_tensors(operator):
-    problem = replace(grouped(operator, 70, torch.arange(70) % 3, 3), scale=1.0)
+    problem = grouped(operator, 7, torch.arange(7) % 4, 4, scale=1.0)
     with backend("triton"), launch.recorded(run=True) as launches:
         problem.solve()
     shapes = square(96, 12, 3)[: 1 if operator == "tt_linear" else 2]
-    for record, expected in zip(launches, planned(operator, shapes, torch.float32, 70, adapters=3), strict=True):
+    for record, expected in zip(launches, planned(operator, shapes, torch.float32, 7, adapters=4), strict=True):
         assert (record.kernel, record.grid, record.options()) == (expected.kernel, expected.grid, expected.options())
         for name, value in expected.args.items():
             if isinstance(value, torch.Tensor):
                 assert (record.args[name].shape, record.args[name].dtype) == (value.shape, value.dtype), name
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-@every_operator
+@pytest.mark.parametrize(("operator", "rows"), [("tt_linear", 64), ("tt_adapter", 64), ("tt_lora", 16)])
 @one_architecture
 def test_the_bits_of_y_are_those_of_a_call_for_each_adapter(operator, rows):
     problem = grouped(operator, 5 * rows, torch.arange(5 * rows) % 4 - 1, 3, torch.bfloat16)

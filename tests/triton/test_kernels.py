@@ -20,6 +20,10 @@ pytest.importorskip("triton")
 FP32_BAR = 1e-5  # that of the PyTorch path: the longest sums here, of 4096 products, lose some sqrt(4096) roundings
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 one_architecture = pytest.mark.parametrize("executor", ["sm_90"], indirect=True)
+RESIDUALS = {"relu": "another", "silu": "none"}  # all activations and all residuals, but not each with each
+every_activation_and_residual = pytest.mark.parametrize(
+    ("activation", "residual"), [(each, RESIDUALS.get(each, "x")) for each in ACTIVATIONS]
+)
 SHAPES = {
     "three-modes": ("tt_adapter", (TTShape((8, 6, 5), (8, 3), 5), TTShape((3, 8), (5, 6, 8), 5)), 21),
     "four-modes-and-one": ("tt_adapter", (TTShape((5, 4, 6, 4), (8,), 2), TTShape((8,), (4, 6, 4, 5), 2)), 3),
@@ -27,7 +31,6 @@ SHAPES = {
     "prime-sizes": ("tt_adapter", square(23, 5, 2), 67),
     "bottleneck-of-one": ("tt_adapter", square(64, 1, 3), 40),
     "a-large-bottleneck": ("tt_adapter", (TTShape((6,), (9, 8, 4), 2), TTShape((9, 8, 4), (6,), 2)), 3),
-    "one-row": ("tt_adapter", square(64, 6, 3), 1),
     "two-blocks-of-bottleneck-and-a-rank-above-a-tile": ("tt_adapter", square(130, 96, 20), 9),
     "a-rank-per-bond": ("tt_adapter", (TTShape((3, 5, 7), (2, 3), (4, 2, 6, 3)), TTShape((6,), (105,), 3)), 9),
     "gains": ("tt_adapter", (TTShape((8, 8), (6,), 3, (2, -3)), TTShape((6,), (8, 8), 3, (1, 4))), 19),
@@ -51,7 +54,7 @@ def shapes_by_turns():
 
 def golden_paths():
     """Some of the vectors, and all of them in the slow tests."""
-    quick = ("adp_768_b64_r5_relu", "rep_768to768_r8_tt5", "tt_64to768_r5", "tt_768to64_ranks_1_2_3_4_2_1")
+    quick = ("adp_768_b64_r5_relu", "tt_768to64_ranks_1_2_3_4_2_1")
     for path in ON_BOND:
         yield pytest.param(path, id=path.stem, marks=[] if path.stem in quick else pytest.mark.slow)
 
@@ -71,9 +74,7 @@ def test_reproduces_the_golden_vectors(path):
             assert error <= FP32_BAR, name
 
 
-@pytest.mark.parametrize(
-    ("activation", "residual"), [*((each, "x") for each in ACTIVATIONS), ("relu", "another"), ("silu", "none")]
-)
+@every_activation_and_residual
 @one_architecture
 def test_every_activation_and_residual(residual, activation):
     options = {"residual": residual, "activation": activation}
@@ -81,10 +82,10 @@ def test_every_activation_and_residual(residual, activation):
         check(random_problem("tt_adapter", square(96, 12, 3), (2, 35), torch.bfloat16, **options), "triton")
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_activation_and_residual
 @one_architecture
-def test_what_is_not_a_number_stays_in_its_row(activation):
-    options = {"residual": "x", "activation": activation}
+def test_what_is_not_a_number_stays_in_its_row(residual, activation):
+    options = {"residual": residual, "activation": activation}
     problem = random_problem("tt_adapter", square(96, 12, 3), 70, torch.bfloat16, **options)
     problem.x[7, 3] = torch.nan
     with backend("triton"):
@@ -95,9 +96,7 @@ def test_what_is_not_a_number_stays_in_its_row(activation):
     assert answers["ddown"].isnan().any()
 
 
-@pytest.mark.parametrize(
-    ("biases", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (True, torch.float16)], ids=str
-)
+@pytest.mark.parametrize(("biases", "dtype"), [(False, torch.bfloat16), (True, torch.float16)], ids=str)
 @one_architecture
 def test_takes_parameters_in_the_dtype_of_x(biases, dtype):
     options = {"residual": "none", "biases": biases, "param_dtype": dtype}
@@ -151,7 +150,7 @@ def test_takes_any_strides(layout):
         torch.testing.assert_close(ours, contiguous, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [9, 300])
+@pytest.mark.parametrize(("executor", "rows"), [("sm_80", 9), ("sm_90", 300)], indirect=["executor"])
 def test_deterministic_sums_are_the_same_bits_in_every_schedule(rows):
     problem = random_problem("tt_adapter", square(96, 12, 3), rows, torch.float32)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -162,6 +161,7 @@ def test_deterministic_sums_are_the_same_bits_in_every_schedule(rows):
         check(problem, "triton")
 
 
+@one_architecture
 def test_the_same_buffers_serve_a_second_run():
     """As a CUDA graph's replay: what a run leaves behind must not be in the next one's way."""
     problem = random_problem("tt_adapter", square(96, 12, 3), 70, torch.float32)
@@ -169,7 +169,7 @@ def test_the_same_buffers_serve_a_second_run():
         check(problem, "triton", runs=3)
 
 
-@pytest.mark.parametrize("operator", ["tt_linear", "tt_adapter", "tt_lora"])
+@pytest.mark.parametrize("operator", ["tt_linear", "tt_adapter"])
 @one_architecture
 def test_compiles_whole_forward_and_backward(operator):
     torch.compiler.reset()

@@ -37,15 +37,13 @@ def names(launches):
     return [record.kernel.__name__.strip("_").removesuffix("_kernel") for record in launches]
 
 
-@every_operator
-@pytest.mark.parametrize("rows", [1, 70, 200])
+@pytest.mark.parametrize(("operator", "rows"), [("tt_adapter", 1), *((operator, 200) for operator in OPERATORS)])
 def test_one_forward_and_one_backward(operator, rows, executor):
     assert names(launches_of(operator, rows)[0]) == ["forward", "backward"]
     assert len(executor.launches) == 2
 
 
-@every_operator
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize(("operator", "rows"), [("tt_linear", 1), *((operator, 70) for operator in OPERATORS)])
 def test_one_more_in_the_backward_when_it_must_be_deterministic(operator, rows):
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert names(launches_of(operator, rows)[0]) == ["forward", "backward", "sum"]
