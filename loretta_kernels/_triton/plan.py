@@ -250,7 +250,7 @@ ROWS = (
     Row("sm_10", 4, "low", Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1),
         why="at 64 rows the compiler fails when it splits fp32 products in three (triton 3.7.1)"),
     Row(None, 2, "low", Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 3),
-        decoding=Blocks(16, 64, 4, 2), why="8 warps for few rows stop at 128 registers, and spill"),
+        decoding=Blocks(16, 128, 4, 2), why="8 warps for few rows stop at 128 registers, and spill"),
     Row(None, 2, "middle", Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     Row(None, 2, "high", Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
     Row(None, 4, "low", Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1)),
