@@ -72,10 +72,9 @@ def _lines(
             factors = f"light {side.light_size} x {side.A} · {factors}"
         yield f"  {title} [{side.size} x {side.K}] = {factors}: {side.form(block)}"
     flops = sum(2 * N * side.size * side.K for side in plan.sides)
-    form = plan.one_pass
     for kernel, blocks, (programs, moved, compulsory) in zip(
         ("forward", "backward"),
-        (form or plan.forward_of(N), plan.backward_of(N)),
+        (plan.one_pass or plan.forward_of(N), plan.one_pass_backward or plan.backward_of(N)),
         traffic(plan, shape, up_shape, lora, size, N),
         strict=True,
     ):
@@ -84,6 +83,9 @@ def _lines(
             f"    {_bytes(moved)} moved, {moved / max(1, compulsory):.2f} times the compulsory "
             f"{_bytes(compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
         )
+    if plan.one_pass_backward:
+        words = plan.backward_of(N).words
+        yield f"    with dropout, a learnt scale, stacked adapters or deterministic algorithms: {words}"
     yield f"  tables of {_bytes(4 * plan.table_size)} a program; sums of {_bytes(4 * plan.grad_size)}"
 
 
@@ -131,12 +133,18 @@ def traffic(
     moved = parts * I + again + O + waist + programs * (made + down_bias) + programs // parts * up_bias
     forward = programs, moved, I + O + (residual if lora else 0)
 
-    blocks = plan.backward_of(N)
-    parts = plan.parts(N, blocks, first, last)
-    programs = plan.programs(N, blocks) * parts
-    sums = 4 * plan.grad_size * -(-N // blocks.n)
     again = O if adapts else 0  # dy, for dx
-    moved = parts * (O + waist) + 2 * I + again + sums + programs * (tables + down_bias)
+    if form := plan.one_pass_backward:
+        parts, programs = 1, form.programs(N, MULTIPROCESSORS)
+        again = 0 if form.same_matrix else again
+        sums = 4 * (form.kept.sums_end * -(-N // form.n) + form.kept.sums * programs)
+        made = 2 * 4 * form.kept.end + cores
+    else:
+        blocks = plan.backward_of(N)
+        parts = plan.parts(N, blocks, first, last)
+        programs = plan.programs(N, blocks) * parts
+        sums, made = 4 * plan.grad_size * -(-N // blocks.n), tables
+    moved = parts * (O + waist) + 2 * I + again + sums + programs * (made + down_bias)
     return forward, (programs, moved, 2 * I + O)
 
 
