@@ -319,7 +319,7 @@ def _one_pass_backward(form: OnePass) -> OnePass | None:
         return None  # so does a last block of four that has to be masked
     for n in (8, 4, 2):
         if n * max(first.OP, last.OP) <= 128 and n * max(first.OP * first.IP, last.OP * last.IP) <= DY_TILE:
-            return replace(form, n=n)
+            return replace(form, n=n) if n * min(first.OP, last.OP) >= 16 else None  # the least that a product sums
     return None
 
 
