@@ -128,8 +128,8 @@ def _store_grads(
             tl.store(grads_ptr + LU.grad + b * LU.K + k, sums, mask=(k < LU.K) & (b < LU.size))
     tl.debug_barrier()
     if ddown_ptr is not None:
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD.outer_factor, PRECISION)
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, LD.inner_factor, PRECISION)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.outer_factor), PRECISION)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.inner_factor), PRECISION)
         if RD is not None:
             store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
     if ddown_bias_ptr is not None:
@@ -137,8 +137,8 @@ def _store_grads(
     if dup_ptr is not None:
         if LU is not None:
             store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU.outer_factor, PRECISION)
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, RU.inner_factor, PRECISION)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.outer_factor), PRECISION)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.inner_factor), PRECISION)
     if dup_bias_ptr is not None:
         copy(dup_bias_ptr, grads_ptr + RU.bias_grad, total, RU.size)
 
