@@ -60,7 +60,8 @@ class Tried:
 
 def field_of(plan: Plan, direction: str) -> str:
     """What of the plan serves a direction of many rows."""
-    return "one_pass" if direction == "forward" and plan.one_pass is not None else direction
+    form = {"forward": "one_pass", "backward": "one_pass_backward"}[direction]
+    return direction if getattr(plan, form) is None else form
 
 
 def candidates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +65,8 @@ def _lines(
 
     size = dtype.itemsize
     plan = plan_of(shape, up_shape, size, arch)
+    if adapters:  # which the streamed form serves
+        plan = replace(plan, one_pass=None, one_pass_backward=None)
     name = "y = x · W + b"
     if up_shape:
         name = "y = residual + x · A · B" if lora else "y = x + act(x · W_down + b_down) · W_up + b_up"
@@ -76,10 +79,12 @@ def _lines(
             factors = f"light {side.light_size} x {side.A} · {factors}"
         yield f"  {title} [{side.size} x {side.K}] = {factors}: {side.form(block)}"
     flops = sum(2 * N * side.size * side.K for side in plan.sides)
-    form = None if adapters else plan.one_pass
     for kernel, blocks, (programs, moved, compulsory) in zip(
         ("forward", "backward"),
-        (form or plan.forward_of(max(_groups(N, adapters))), plan.backward_of(N)),
+        (
+            plan.one_pass or plan.forward_of(max(_groups(N, adapters))),
+            plan.one_pass_backward or plan.backward_of(N),
+        ),
         traffic(plan, shape, up_shape, lora, size, N, adapters),
         strict=True,
     ):
@@ -88,6 +93,9 @@ def _lines(
             f"    {_bytes(moved)} moved, {moved / max(1, compulsory):.2f} times the compulsory "
             f"{_bytes(compulsory)}; {flops * (1 if kernel == 'forward' else 2) / 1e9:.3g} Gflop"
         )
+    if plan.one_pass_backward:
+        words = plan.backward_of(N).words
+        yield f"    with dropout, a learnt scale or deterministic algorithms: {words}"
     of_each = " for each adapter" if adapters else ""
     yield f"  tables of {_bytes(4 * plan.table_size)} a program; sums of {_bytes(4 * plan.grad_size)}{of_each}"
 
@@ -137,7 +145,7 @@ def traffic(
             return sum(-(-rows // blocks.n) for rows in groups)
         return plan.programs(N, blocks)
 
-    if (form := plan.one_pass) and not adapters:
+    if form := plan.one_pass:
         parts, programs = 1, form.programs(N, MULTIPROCESSORS)
         again = 0 if adapts and form.same_matrix else residual
         made = 2 * 4 * form.table_size + cores
@@ -148,12 +156,18 @@ def traffic(
     moved = parts * I + again + O + waist + programs * (made + down_bias) + programs // parts * up_bias
     forward = programs, moved, I + O + (residual if lora else 0)
 
-    blocks = plan.backward_of(N)
-    parts = plan.parts(N, blocks, first, last)
-    programs = shared_by(blocks) * parts
-    sums = 4 * plan.grad_size * sum(-(-rows // blocks.n) for rows in groups)
     again = O if adapts else 0  # dy, for dx
-    moved = parts * (O + waist) + 2 * I + again + sums + programs * (tables + down_bias)
+    if form := plan.one_pass_backward:
+        parts, programs = 1, form.programs(N, MULTIPROCESSORS)
+        again = 0 if form.same_matrix else again
+        sums = 4 * (form.kept.sums_end * -(-N // form.n) + form.kept.sums * programs)
+        made = 2 * 4 * form.kept.end + cores
+    else:
+        blocks = plan.backward_of(N)
+        parts = plan.parts(N, blocks, first, last)
+        programs = shared_by(blocks) * parts
+        sums, made = 4 * plan.grad_size * sum(-(-rows // blocks.n) for rows in groups), tables
+    moved = parts * (O + waist) + 2 * I + again + sums + programs * (made + down_bias)
     return forward, (programs, moved, 2 * I + O)
 
 

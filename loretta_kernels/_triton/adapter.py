@@ -15,6 +15,7 @@ from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kerne
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
 from loretta_kernels._triton.launch import Launch, Variant
+from loretta_kernels._triton.one_pass_backward import _one_pass_backward_kernel
 from loretta_kernels._triton.one_pass_kernel import _one_pass_forward_kernel
 from loretta_kernels._triton.operands import (
     DTYPES,
@@ -30,6 +31,8 @@ from loretta_kernels._triton.plan import MAX_PROGRAMS, MAX_WORKSPACES, Blocks, O
 from loretta_kernels.call import Call
 from loretta_kernels.philox import threshold
 from loretta_kernels.shape import TTShape
+
+NEAR = 2**28  # elements from row to row
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -92,33 +95,51 @@ def backward(call: Call, waist: Tensor, dy: Tensor, needs: Sequence[bool]) -> tu
                 grad.zero_()
     if call.up is None:  # of one train, the output side stands where the second train's does
         dup, ddown_bias, dup_bias = ddown, None, ddown_bias
-    blocks = plan.backward_of(N)
-    programs, groups, pointers, of_groups = shares_of(call, plan, N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
-    parts = plan.parts(N, blocks, plan.first, plan.last)
     parameters = _parameters(call)
-    shared = {
-        **{name: parameters[name] for name in ("down_ptr", "up_ptr", "up_bias_ptr", "learnt_scale_ptr")},
+    gradients = {
         "ddown_ptr": ddown,
         "ddown_bias_ptr": ddown_bias,
         "dup_ptr": dup,
         "dup_bias_ptr": dup_bias,
         "dscale_ptr": dscale,
-        "grads_ptr": waist.new_zeros((groups if atomic else programs) * plan.grad_size),
-        "scratch_ptr": waist.new_empty(groups * plan.scratch_size),
         "scale": call.scale,
     }
-    args = {
-        **shared,
+    of_rows = {
         **parameters,
         "dy_ptr": rows_of_dy,
         "x_ptr": rows,
         "waist_ptr": waist,
         "dx_ptr": dx,
-        "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
-        **pointers,
         "N": N,
         "stride_dyn": dy_stride,
         "stride_xn": stride,
+    }
+    near = max(stride, dy_stride) < NEAR  # a block's rows are addressed from its first one in 32 bits
+    if kernels.one_pass_backward is not None and call.adapter is None and dscale is None and near:
+        form, variant = kernels.one_pass_backward
+        programs = form.programs(N, multiprocessors(x.device))
+        memory = {
+            "tables_ptr": waist.new_empty(programs * (form.kept.tables + form.kept.end)),
+            "grads_ptr": waist.new_zeros(form.grad_size),
+            "scratch_ptr": waist.new_empty(form.scratch_size),
+        }
+        args = {**of_rows, **gradients, **memory}
+        launch.execute(Launch(variant, (programs,), {name: args[name] for name in variant.names}))
+        return grads
+    blocks = plan.backward_of(N)
+    programs, groups, pointers, of_groups = shares_of(call, plan, N, blocks, MAX_PROGRAMS if atomic else MAX_WORKSPACES)
+    parts = plan.parts(N, blocks, plan.first, plan.last)
+    shared = {
+        **{name: parameters[name] for name in ("down_ptr", "up_ptr", "up_bias_ptr", "learnt_scale_ptr")},
+        **gradients,
+        "grads_ptr": waist.new_zeros((groups if atomic else programs) * plan.grad_size),
+        "scratch_ptr": waist.new_empty(groups * plan.scratch_size),
+    }
+    args = {
+        **of_rows,
+        **shared,
+        "tables_ptr": waist.new_empty(programs * parts * plan.table_size),
+        **pointers,
     }
     launch.execute(Launch(kernels.streamed(_backward_kernel, blocks, parts), (programs, parts), args))
     if not atomic and any(needs[1:]) and groups:
@@ -196,6 +217,24 @@ class _Kernels:
             "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
         }
         return form, self._variant(_one_pass_forward_kernel, of_form, form.warps, form.stages)
+
+    @cached_property
+    def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
+        """The backward that keeps whole rows on the chip, where the plan has it and programs may add in any order."""
+        form = self.plan.one_pass_backward
+        if form is None or not self._constants["ATOMIC"] or self._constants["DROPOUT_P"]:
+            return None
+        of_form = {
+            **form.named_sides,
+            "AT": form.kept,
+            "TABLE_SIZE": form.kept.tables + form.kept.end,
+            "LEVELS": form.levels,
+            "BLOCK_N": form.n,
+            "BLOCK_I": form.i,
+            "BLOCK_O": form.o,
+            "KEEPS_DY": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
+        }
+        return form, self._variant(_one_pass_backward_kernel, of_form, form.warps, form.stages)
 
     def _variant(self, kernel: Any, own: dict[str, Any], warps: int, stages: int) -> Variant:
         """With those of all constants that the kernel takes."""

@@ -21,7 +21,7 @@ from loretta_kernels._triton.row_tables import load_inner, load_outer, load_whol
 
 
 @triton.jit
-def _beside_remainder(w, DTYPE: tl.constexpr):
+def beside_remainder(w, DTYPE: tl.constexpr):
     """w [M, A] as [M, 2 A] in 16 bits: beside each number what is lost when it is rounded."""
     high = cast(w, DTYPE)
     return tl.join(high, cast(w - high.to(tl.float32), DTYPE)).reshape(w.shape[0], 2 * w.shape[1])
@@ -172,7 +172,7 @@ def _one_pass_forward_kernel(
             if down_bias_ptr is not None:
                 h += down_bias[None, :]
             z = times(act(h, ACTIVATION), up_table)
-        w = _beside_remainder(spread(z * scale, up_outer, BLOCK_N, RU), DTYPE)
+        w = beside_remainder(spread(z * scale, up_outer, BLOCK_N, RU), DTYPE)
         rows = first + out_n
         for j in tl.static_range(OUT_BLOCKS):
             ok = tile_ok(out_o, j * BLOCK_O + c, rows < N, RU)

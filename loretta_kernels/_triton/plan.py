@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from loretta_kernels._triton.row_side import RowSide, row_sides
+from loretta_kernels._triton.row_side import Kept, RowSide, kept, row_sides
 from loretta_kernels._triton.side import KEPT, Side, next_power_of_2, round_up, sides
 from loretta_kernels.shape import TTShape
 
@@ -18,6 +18,7 @@ MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's ow
 MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
 X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
+DY_TILE = 16384  # the same in the backward, where x and dy lie there twice, the next ones beside those at hand
 MAX_PARTS = 64
 BOTTLENECK = 32  # 64 take 40 registers more and spill where others do not, and save 2 % of the cycles
 
@@ -88,6 +89,22 @@ class OnePass(Sides):
         return min(-(-N // self.n), multiprocessors)
 
     @cached_property
+    def kept(self) -> Kept:
+        """Where the backward's tables and sums lie."""
+        return kept(self.sides)
+
+    @cached_property
+    def grad_size(self) -> int:
+        """fp32 elements of the backward's sums, and of the count of the programs that are done."""
+        return round_up(self.kept.sums + self.kept.sums_end + 1, 32)
+
+    @cached_property
+    def scratch_size(self) -> int:
+        """fp32 elements that the contraction of the core gradients needs, one factor at a time."""
+        factors = (side.factors for side in self.sides)
+        return max(factor.chain_grads[-1] for of_side in factors for factor in of_side)
+
+    @cached_property
     def levels(self) -> int:
         """Cores of the longest factor."""
         return max(side.levels for side in self.sides)
@@ -111,7 +128,8 @@ class Plan(Sides):
     """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
 
     `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
-    backward of so few that programs share the features. `one_pass` takes the place of the forward where it is given.
+    backward of so few that programs share the features. `one_pass` takes the place of the forward where it is given,
+    and `one_pass_backward` that of the backward, without dropout or the gradient of a learnt scale.
     """
 
     arch: str
@@ -120,6 +138,7 @@ class Plan(Sides):
     few_backward: Blocks
     backward: Blocks
     one_pass: OnePass | None = None
+    one_pass_backward: OnePass | None = None
 
     @cached_property
     def block_b(self) -> int:
@@ -174,7 +193,9 @@ def plan_of(down: TTShape, up: TTShape | None, itemsize: int, arch: str) -> Plan
     """The plan of one train, or of two."""
     first = sides(down)
     all_sides = first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end))
-    return replace(_plan(all_sides, itemsize, arch), one_pass=_one_pass(row_sides(down, up), itemsize, arch))
+    one_pass = _one_pass(row_sides(down, up), itemsize, arch)
+    one_pass_backward = _one_pass_backward(one_pass) if one_pass else None
+    return replace(_plan(all_sides, itemsize, arch), one_pass=one_pass, one_pass_backward=one_pass_backward)
 
 
 def shared_limit(arch: str) -> int:
@@ -289,6 +310,19 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
     for n in (16, 8, 4, 2):
         if n * max(first.OP, last.OP) <= 256 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
             return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=8, stages=2)
+    return None
+
+
+def _one_pass_backward(form: OnePass) -> OnePass | None:
+    """The backward that keeps whole rows on the chip, of fewer rows at a time: it has x and dy there, and sums."""
+    first, last = form.sides[0], form.sides[-1]
+    if max(first.CP, last.CP) > 32:
+        return None  # sums for 64 pairs of a bond's and the waist's index spill
+    if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
+        return None  # so does a last block of four that has to be masked
+    for n in (8, 4, 2):
+        if n * max(first.OP, last.OP) <= 128 and n * max(first.OP * first.IP, last.OP * last.IP) <= DY_TILE:
+            return replace(form, n=n) if n * min(first.OP, last.OP) >= 16 else None  # the least that a product sums
     return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 from loretta_kernels._triton.side import ALIGN, Side, next_power_of_2, round_up, sides
@@ -61,6 +62,40 @@ class RowSide(Side):
         return max(8, next_power_of_2(self.K))
 
     @cached_property
+    def CP(self) -> int:
+        """Columns of a tile for all pairs of an index of the bond between the factors and one of the waist."""
+        return max(16, next_power_of_2(self.A * self.K))
+
+    @cached_property
+    def outer_factor(self) -> Side:
+        """The outer factor as a side of its own, for its gradient."""
+        factor, ranks = 1.0 if self.is_input else self.factor, self.ranks[: self.split + 1]
+        return Side(True, self.modes[: self.split], ranks, factor, self.start, 0, grad=self.grad)
+
+    @cached_property
+    def inner_factor(self) -> Side:
+        """The inner factor as a side of its own, for its gradient."""
+        factor, ranks = self.factor if self.is_input else 1.0, self.ranks[self.split :]
+        grad = self.grad + round_up(self.product_size(0, self.split), ALIGN)
+        return Side(True, self.modes[self.split :], ranks, factor, self.core_starts[self.split], 0, grad=grad)
+
+    @cached_property
+    def factors(self) -> tuple[Side, ...]:
+        """What the gradients of its cores are contracted from."""
+        return (self.outer_factor, self.inner_factor) if self.is_cut else (self,)
+
+    @cached_property
+    def bias_grad(self) -> int:
+        """Where the gradient of its bias starts, behind those of its factors."""
+        last = self.factors[-1]
+        return last.grad + round_up(last.product_size(0, last.count), ALIGN)
+
+    @cached_property
+    def grad_end(self) -> int:
+        """Where its gradient ends."""
+        return self.bias_grad + (0 if self.is_input else round_up(self.size, ALIGN))
+
+    @cached_property
     def levels(self) -> int:
         """Cores of its longer factor."""
         return max(self.split, self.count - self.split)
@@ -84,6 +119,48 @@ class RowSide(Side):
     def table_end(self) -> int:
         """Where its tables end."""
         return self.products[-1]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the tables lie that a program of the backward keeps in memory, one without gaps behind the other.
+
+    The sums over rows that have the size of a table lie as the tables do.
+
+    Args:
+        tables: where the tables start, behind the products of cores.
+        sums: where the sums start, behind the gradients of the factors.
+        down_whole, up_whole, down_bias, down_packed, up_packed: from their start, of tables that are sums too.
+        sums_end: where the sums end.
+        up_outer, down_waist, up_waist: from the start of the tables.
+        end: where the tables end.
+    """
+
+    tables: int
+    sums: int
+    down_whole: int
+    up_whole: int
+    down_bias: int
+    down_packed: int
+    up_packed: int
+    sums_end: int
+    up_outer: int
+    down_waist: int
+    up_waist: int
+    end: int
+
+
+def kept(sides: tuple[RowSide, ...]) -> Kept:
+    """Those of one train, or of two."""
+    first, last = sides[0], sides[-1]
+    whole = [side.QP * side.IP for side in sides[1:-1]] or [0, 0]
+    bias = sides[1].IP if len(sides) == 4 else 0
+    sizes = (
+        *whole, bias, first.OP * first.CP, last.OP * last.CP, 0,
+        last.QP * last.OP * last.AP, first.QP * first.CP, last.QP * last.CP,
+    )  # fmt: skip
+    starts = accumulate((round_up(size, ALIGN) for size in sizes), initial=0)
+    return Kept(last.table_end, last.grad_end, *starts)
 
 
 def row_sides(down: TTShape, up: TTShape | None) -> tuple[RowSide, ...]:

@@ -120,6 +120,27 @@ def load_inner(tables_ptr, cores_ptr, i, S: tl.constexpr):
 
 
 @triton.jit
+def load_packed_outer(tables_ptr, cores_ptr, S: tl.constexpr):
+    """The outer factor at every pair c = (a, k): [o, c], the same for every k of L; zero beyond its sizes."""
+    o, c = tl.arange(0, S.OP)[:, None], tl.arange(0, S.CP)[None, :]
+    a, k = c // S.K, c % S.K
+    offs = o * S.A + a if S.is_input else (k * S.outer + o) * S.A + a
+    outer = _at(tables_ptr, cores_ptr, offs, (o < S.outer) & (a < S.A), S, 0, S.split)
+    return outer if S.is_input else outer * S.factor
+
+
+@triton.jit
+def load_packed_inner(tables_ptr, cores_ptr, i, S: tl.constexpr):
+    """The inner factor at every pair c = (a, k): [i, c], the same for every k of R; zero beyond its sizes."""
+    c = tl.arange(0, S.CP)[None, :]
+    a, k = c // S.K, c % S.K
+    offs = a * S.inner + i[:, None]
+    offs = offs * S.K + k if S.is_input else offs
+    inner = _at(tables_ptr, cores_ptr, offs, (i < S.inner)[:, None] & (a < S.A), S, S.split, S.count)
+    return inner * S.factor if S.is_input else inner
+
+
+@triton.jit
 def load_whole(tables_ptr, cores_ptr, S: tl.constexpr):
     """A side that is not cut, [k, features]; zero beyond its sizes."""
     k, c = tl.arange(0, S.QP)[:, None], tl.arange(0, S.IP)[None, :]

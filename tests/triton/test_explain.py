@@ -18,7 +18,8 @@ def test_names_the_factors_the_launches_and_the_compulsory_bytes(capsys):
     text = capsys.readouterr().out
     assert "L_down [4096 x 5] = light 256 x 5 · heavy 5 x 16 x 5" in text
     assert "forward: 132 programs of 8 warps, 8 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
-    assert "backward: 128 programs of 8 warps, 64 rows and 64 features at a time" in text
+    assert "backward: 132 programs of 8 warps, 4 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
+    assert "or deterministic algorithms: 64 rows and 64 features at a time" in text
     assert "compulsory 134 MB" in text
     assert "compulsory 201 MB" in text
 

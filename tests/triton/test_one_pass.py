@@ -1,4 +1,4 @@
-"""The forward that keeps whole rows on the chip: what it serves, and that it computes the operators."""
+"""The kernels that keep whole rows on the chip: what they serve, and that they compute the operators."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from bench.classes import FIRST_RATE
-from loretta_kernels import ACTIVATIONS, TT, TTShape, _torch, _triton, backend, tt_adapter
+from loretta_kernels import ACTIVATIONS, TT, TTShape, _torch, backend, tt_adapter
+from loretta_kernels.call import Call
 from loretta_kernels.selfcheck import check, exact_problem, random_problem
 from tests.kernels.problems import OPERATORS, square
 from tests.triton.test_any import SCHEDULES, train
 
 pytest.importorskip("triton")
-from loretta_kernels._triton import adapter
+from loretta_kernels._triton import adapter, launch
 from loretta_kernels._triton.plan import plan_of
 from loretta_kernels._triton.planned import planned
 
@@ -24,12 +25,20 @@ CASES = int(os.environ.get("LORETTA_TEST_CASES", 300))
 ROWS = (1, 7, 16, 67)
 pytestmark = pytest.mark.parametrize("executor", ["sm_90"], indirect=True)
 SAME_MATRIX = TTShape((4, 4, 8), (2, 4), 3, (1, -2)), TTShape((4, 2), (4, 4, 8), (3, 2, 4, 5), (0, 3))
+LINEAR = (TTShape((4, 8, 8), (8, 4, 8), (3, 4, 5, 2, 3)),)
 OTHER_MATRIX = TTShape((3, 2, 24), (6,), (4, 2, 3)), TTShape((6,), (9, 16), (2, 3))
+
+both_matrices = pytest.mark.parametrize("shapes", [SAME_MATRIX, OTHER_MATRIX], ids=["same-matrix", "other-matrix"])
 
 
 def one_pass(*shapes):
     """The plan of the form for rows of 16 bits."""
     return plan_of(shapes[0], shapes[1] if len(shapes) > 1 else None, 2, "sm_90").one_pass
+
+
+def one_pass_backward(*shapes):
+    """That of its backward."""
+    return plan_of(shapes[0], shapes[1] if len(shapes) > 1 else None, 2, "sm_90").one_pass_backward
 
 
 def in_one_pass(random):
@@ -45,21 +54,14 @@ def in_one_pass(random):
             return operator, shapes
 
 
-def answering_by_pytorch(monkeypatch):
-    """The backward from the forward's waist by PyTorch: the kernel's, which is no other here, takes long to compile."""
-    monkeypatch.setattr(_triton, "backward", _torch.backward, raising=False)
-
-
 @pytest.mark.parametrize("number", range(max(1, CASES // 30)))
 def test_any_trains(number, monkeypatch):
-    if number % 5:
-        answering_by_pytorch(monkeypatch)
     random = Random(number)
     operator, shapes = in_one_pass(random)
     options = {}
     if operator != "tt_linear":
         options = {"residual": random.choice(["another", "none"]), "dropout_p": random.choice([0.0, 0.0, 0.3])}
-        options["scale"] = random.choice([None, 1.0])
+        options["scale"] = random.choice([None, 1.0, 0.5])
         if operator == "tt_adapter" and shapes[0].in_features == shapes[1].out_features:
             options["residual"] = "x"
     if operator != "tt_lora":
@@ -67,27 +69,36 @@ def test_any_trains(number, monkeypatch):
     if operator == "tt_adapter":
         options["activation"] = random.choice(ACTIVATIONS)
     dtype = random.choice([torch.bfloat16, torch.float16])
+    is_streamed = not one_pass_backward(*shapes) or options.get("dropout_p") or options.get("scale", 1.0) is None
+    if number % 5 and is_streamed:  # a backward that is no other here, and takes long to compile
+        monkeypatch.setattr(adapter, "backward", _torch.backward)
     with backend("triton"):
         for rows in ROWS:
             check(random_problem(operator, shapes, rows, dtype, seed=rows, **options), "triton", runs=SCHEDULES)
 
 
-@pytest.mark.parametrize("shapes", [SAME_MATRIX, OTHER_MATRIX], ids=["same-matrix", "other-matrix"])
+@both_matrices
 def test_exact_numbers_stay_exact_with_few_programs(shapes, monkeypatch, executor):
     """Few programs, so that each takes several blocks of rows."""
     monkeypatch.setattr(adapter, "multiprocessors", lambda device: 3)
-    answering_by_pytorch(monkeypatch)
     residual = "x" if shapes is SAME_MATRIX else "another"
     with backend("triton"):
         for dtype in (torch.bfloat16, torch.float16):
-            check(exact_problem("tt_adapter", shapes, 131, dtype, residual=residual), "triton")
-            check(random_problem("tt_adapter", shapes, 131, dtype, residual=residual, dropout_p=0.4), "triton")
-    assert {launch.grid for launch in executor.launches if "one_pass" in launch.kernel} == {(3, 1, 1)}
+            check(exact_problem("tt_adapter", shapes, 131, dtype, residual=residual, scale=0.5), "triton")
+            with monkeypatch.context() as patched:  # a backward that is no other here, and takes long to compile
+                patched.setattr(adapter, "backward", _torch.backward)
+                check(random_problem("tt_adapter", shapes, 131, dtype, residual=residual, dropout_p=0.4), "triton")
+    one_pass = {(launch.kernel, launch.grid) for launch in executor.launches if "one_pass" in launch.kernel}
+    assert one_pass == {(f"_one_pass_{name}_kernel", (3, 1, 1)) for name in ("forward", "backward")}
 
 
 def test_serves_the_rows_of_16_bits_of_small_ranks():
     served = {case.name for case in FIRST_RATE if one_pass(*case.shapes)}
     assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16", "cls 1024 5"}
+    assert served - {case.name for case in FIRST_RATE if one_pass_backward(*case.shapes)} == {
+        *("adp 3584x64x5", "adp 4096x64x8", "adp 5120x64x8", "adp 8192x64x5"),
+        *("rep 4096→4096 16 8", "rep 4096→14336 8 5"),
+    }
     down, up = square(4096, 64, 5)
     assert plan_of(down, up, 4, "sm_90").one_pass is None
     assert plan_of(down, up, 2, "sm_80").one_pass is None
@@ -103,12 +114,27 @@ def test_makes_tables_once_on_a_multiprocessor(rows, programs):
     assert forward.constants["KEEPS_X"]
 
 
+@pytest.mark.parametrize(("rows", "programs"), [(1, 1), (4, 1), (5, 2), (8192, 132)])
+def test_sums_once_on_a_multiprocessor(rows, programs):
+    _, backward = planned("tt_adapter", square(4096, 64, 5), N=rows)
+    assert backward.grid == (programs,)
+    assert backward.constants["KEEPS_DY"]
+
+
 def test_a_row_that_is_not_a_number_stays_alone():
     problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16)
     problem.x[7, 3] = torch.nan
     with backend("triton"):
         y = problem.run()
     assert y.isnan().all(1).nonzero().tolist() == [[7]]
+
+
+def test_a_gradient_that_is_not_finite_stays_alone():
+    problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16, scale=1.0)
+    problem.dy[7, 3] = torch.inf
+    with backend("triton"):
+        dx = problem.solve()["dx"]
+    assert (~dx.isfinite()).any(1).nonzero().tolist() == [[7]]
 
 
 def test_the_bias_is_not_rounded():
@@ -134,13 +160,65 @@ def test_what_goes_into_the_last_product_is_not_rounded():
     assert (y == 1).all()
 
 
-def test_x_is_read_once(executor):
+def test_rows_are_read_once(executor):
     executor.timing = True
-    problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16)
+    problem = random_problem("tt_adapter", SAME_MATRIX, 37, torch.bfloat16, scale=1.0)
     with backend("triton"):
-        problem.run()
-    moved = executor.launches[0].traffic["x_ptr"]
-    assert (moved["read"] + moved["copied"]) * 32 == problem.x.nbytes
+        problem.solve()
+    forward, backward = (launch.traffic for launch in executor.launches)
+    for moved in (forward["x_ptr"], backward["x_ptr"], backward["dy_ptr"]):
+        assert (moved["read"] + moved["copied"]) * 32 == problem.x.nbytes
+    assert backward["dx_ptr"]["written"] * 32 == problem.x.nbytes
+
+
+def kernels_of(problem, executor):
+    """The kernels of a training step by their names."""
+    with backend("triton"):
+        problem.solve()
+    return [launch.kernel.strip("_").removesuffix("_kernel") for launch in executor.launches]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_backward_is_one_launch(operator, executor):
+    shapes = LINEAR if operator == "tt_linear" else SAME_MATRIX
+    problem = random_problem(operator, shapes, 5, torch.bfloat16, scale=1.0)
+    assert kernels_of(problem, executor) == ["one_pass_forward", "one_pass_backward"]
+
+
+@pytest.mark.parametrize(
+    ("options", "deterministic"),
+    [({}, False), ({"dropout_p": 0.1, "scale": 1.0}, False), ({"scale": 1.0}, True)],
+    ids=["learnt-scale", "dropout", "deterministic"],
+)
+def test_what_the_backward_streams(options, deterministic, executor):
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    names = kernels_of(random_problem("tt_adapter", SAME_MATRIX, 5, torch.bfloat16, **options), executor)
+    assert names == ["one_pass_forward", "backward", *(["sum"] if deterministic else [])]
+
+
+@pytest.mark.parametrize("stride", [2**28 - 8, 2**28])
+def test_rows_far_from_each_other_are_streamed(stride):
+    """Eight rows ahead, 32 bits do not hold such an address."""
+    x = torch.empty(1, dtype=torch.bfloat16, device="meta").as_strided((9, 128), (stride, 1))
+    down, up = (torch.empty(shape.num_params, device="meta") for shape in SAME_MATRIX)
+    call = Call(x, down, None, up, None, None, None, None, None, *SAME_MATRIX, residual_is_x=True)
+    waist, dy = torch.empty(9, 3, device="meta"), torch.empty(9, 128, dtype=torch.bfloat16, device="meta")
+    with launch.recorded() as launches:
+        adapter.backward(call, waist, dy, (True, True, False, True, False, False))
+    served = "_one_pass_backward_kernel" if stride < 2**28 else "_backward_kernel"
+    assert [each.kernel.__name__ for each in launches] == [served]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_needs_no_gradient_changes_no_other(operator):
+    """Every number is exact, so that sums in any order are equal."""
+    problem = exact_problem(operator, LINEAR if operator == "tt_linear" else OTHER_MATRIX, 5, torch.bfloat16, scale=1.0)
+    with backend("triton"):
+        answers = problem.solve()
+        for name, tensor in problem.tensors.items():
+            leaf = tensor.clone().requires_grad_()
+            y = problem.with_tensors({name: leaf}).run()
+            assert torch.equal(torch.autograd.grad(y, leaf, problem.dy)[0], answers[f"d{name}"]), name
 
 
 @pytest.mark.parametrize("layout", ["every-second-row", "wide-rows", "one-row-repeated", "transposed"])
