@@ -222,18 +222,20 @@ def _one_pass_backward_kernel(
 
     for block in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         first = tl.cast(block, tl.int64) * BLOCK_N
-        n = first + tl.arange(0, BLOCK_N)
-        s = tl.load(waist_ptr + n[:, None] * LD.K + k[None, :], mask=(n < N)[:, None] & (k < LD.K)[None, :], other=0.0)
+        rows = tl.minimum(N - first, BLOCK_N).to(tl.int32)
+        n = tl.arange(0, BLOCK_N)
+        ok = (n < rows)[:, None] & (k < LD.K)[None, :]
+        s = tl.load(waist_ptr + first * LD.K + (n[:, None] * LD.K + k[None, :]), mask=ok, other=0.0)
         dys: tl.tuple = ()
         for j in tl.static_range(OUT_BLOCKS):
             offs = (out_n * stride_dyn + out_o * RU.inner)[:, None] + (j * BLOCK_O + c)[None, :]
-            ok = tile_ok(out_o, j * BLOCK_O + c, first + out_n < N, RU)
+            ok = tile_ok(out_o, j * BLOCK_O + c, out_n < rows, RU)
             dys = dys + (tl.load(dy_ptr + first * stride_dyn + offs, mask=ok, other=0.0),)
         xs: tl.tuple = ()
         if ddown_ptr is not None:
             for j in tl.static_range(IN_BLOCKS):
                 offs = (in_n * stride_xn + in_o * LD.inner)[:, None] + (j * BLOCK_I + i)[None, :]
-                ok = tile_ok(in_o, j * BLOCK_I + i, first + in_n < N, LD)
+                ok = tile_ok(in_o, j * BLOCK_I + i, in_n < rows, LD)
                 xs = xs + (tl.load(x_ptr + first * stride_xn + offs, mask=ok, other=0.0),)
 
         z = s
@@ -290,7 +292,7 @@ def _one_pass_backward_kernel(
                     dx = dot(g, tl.trans(down_inner[j]), dx, PRECISION)
                 if KEEPS_DY:  # from shared memory; in registers it would be for the whole of the loop
                     dx = dot(dys[j], identity, dx, PRECISION)
-                ok = tile_ok(in_o, j * BLOCK_I + i, first + in_n < N, LD)
+                ok = tile_ok(in_o, j * BLOCK_I + i, in_n < rows, LD)
                 offs = (in_o * LD.inner)[:, None] + (j * BLOCK_I + i)[None, :]
                 if RESIDUAL_IS_X and not KEEPS_DY:
                     ptrs = dy_ptr + first * stride_dyn + ((in_n * stride_dyn)[:, None] + offs)
