@@ -45,9 +45,9 @@ class Launched:
         once, block, alone: outside of the loop over blocks; in it, for a block; by one program for all.
     """
 
-    once: tuple[int, int]
-    block: tuple[int, int]
-    alone: tuple[int, int]
+    once: tuple[float, float]
+    block: tuple[float, float]
+    alone: tuple[float, float]
 
     def microseconds(self, rounds: int, blocks: int) -> tuple[float, float]:
         """Of so many rounds of programs that take so many blocks each, without what one does alone."""
@@ -69,15 +69,16 @@ class Prediction:
     floor: float
 
 
-def launched(phases: Sequence[dict[str, Any]]) -> Launched:
-    """One launch from its phases, of which every program took one block."""
+def launched(phases: Sequence[dict[str, Any]], rows: int, block: int) -> Launched:
+    """One launch of so many rows, `block` of them at a time, from its phases."""
     programs = max(phase["programs"] for phase in phases)
-    sums = {"once": [0, 0], "block": [0, 0], "alone": [0, 0]}
+    blocks = -(-rows // block) / programs if rows > block else 1  # those of few rows share the features of one
+    sums = {"once": [0.0, 0.0], "block": [0.0, 0.0], "alone": [0.0, 0.0]}
     for phase in phases:
         in_loop, alone = phase["phase"].startswith(BLOCKS), phase["programs"] == 1 < programs
         of = sums["block" if in_loop else "alone" if alone else "once"]
-        of[0] += phase["reordered"]
-        of[1] += phase["cycles"]
+        of[0] += phase["reordered"] / (blocks if in_loop else 1)
+        of[1] += phase["cycles"] / (blocks if in_loop else 1)
     return Launched(*(tuple(sums[name]) for name in ("once", "block", "alone")))  # type: ignore[arg-type]
 
 
@@ -100,7 +101,7 @@ def predict(case: Case, counters: Any, resident: Any, ratios: Any, rows: Sequenc
             for launch in launches:
                 kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 key = case.name, FEW if N <= FEW_ROWS else MANY, kernel
-                cost = launched(counters[key])
+                cost = launched(counters[key], key[1], launch.constants["BLOCK_N"])
                 rounds = -(-prod(launch.grid) // (MULTIPROCESSORS * resident[key]))
                 blocks = -(-N // (launch.constants["BLOCK_N"] * launch.grid[0]))
                 moved = floor * ratios[case.name, direction]

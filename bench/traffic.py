@@ -90,7 +90,7 @@ class Waves(Executor):
 
 def measure(case: Case, rows: int = ROWS) -> list[Traffic]:
     """Execute the class forward and backward, without dropout and with a fixed scale."""
-    problem = case.problem(rows, DTYPE, scale=1.0 if case.operator == "tt_linear" else 0.5)
+    problem = case.training_problem(rows, DTYPE)
     leaves = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items() if name != "residual"}
     with executing(executor=Waves()) as executor, backend("triton"):
         y = problem.with_tensors(leaves).run()

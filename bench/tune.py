@@ -24,11 +24,10 @@ from bench.classes import add_class_options, chosen
 from bench.launches import would_launch
 from bench.output import add_output_options, emit
 from bench.predict import GHZ, launched
+from bench.ptx.__main__ import counted
 from bench.ptx.counters import phases
-from bench.ptx.executor import executing
 from bench.timing import Rounds, Work
 from bench.traffic import MULTIPROCESSORS
-from loretta_kernels import backend
 from loretta_kernels._triton import adapter
 from loretta_kernels._triton.compiled import compiled, usage
 from loretta_kernels._triton.operands import architecture
@@ -110,19 +109,18 @@ def tried(case: Case, arch: str, direction: str, plan: Plan, cost: Callable[...,
 
 def modelled(case: Case, arch: str, direction: str, launch: Any, resident: int) -> float:
     """Microseconds by the executor's cycles in the best order, as `bench.predict`."""
-    with executing(arch, adversarial=False, checks=False, timing=True) as executor, backend("triton"):
-        case.problem(EXECUTED, DTYPE).solve()
-    executed = executor.launches[DIRECTIONS.index(direction)]
-    one = launched([vars(phase) for phase in phases(executed)])
+    executed = counted(case, arch, "bf16", EXECUTED).launches[DIRECTIONS.index(direction)]
+    block = launch.constants["BLOCK_N"]
+    one = launched([vars(phase) for phase in phases(executed)], EXECUTED, block)
     programs = launch.grid[0]
-    rounds, blocks = -(-programs // (MULTIPROCESSORS * resident)), -(-ROWS // (launch.constants["BLOCK_N"] * programs))
+    rounds, blocks = -(-programs // (MULTIPROCESSORS * resident)), -(-ROWS // (block * programs))
     return one.microseconds(rounds, blocks)[0] + one.alone[0] / GHZ / 1e3
 
 
 def timed(case: Case, arch: str, direction: str, launch: Any, resident: int) -> float:
     """Microseconds on this GPU."""
     device = torch.device("cuda")
-    problem = case.problem(ROWS, DTYPE).to(device)
+    problem = case.training_problem(ROWS, DTYPE).to(device)
     leaves = {name: tensor.requires_grad_() for name, tensor in problem.tensors.items()}
     problem = problem.with_tensors(leaves)
     work = Work(problem.run, lambda y: torch.autograd.grad(y, list(leaves.values()), problem.dy))

@@ -55,8 +55,8 @@ def _core_grad(
     ROWS: tl.constexpr = S.chain_rows[J]
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
-    BC: tl.constexpr = S.contraction[J][0]
-    BR: tl.constexpr = S.contraction[J][1] // (4 if P == "tf32x3" else 1)  # three products at once need the registers
+    BR: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
+    BC: tl.constexpr = S.column_blocks[J]
     _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, BC, BR)
     _matmul(
         scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, BR, 16, BC

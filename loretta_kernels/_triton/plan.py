@@ -20,7 +20,6 @@ FEW_ROWS = 64
 X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
 DY_TILE = 16384  # the same in the backward, where x and dy lie there twice, the next ones beside those at hand
 MAX_PARTS = 64
-BOTTLENECK = 32  # 64 take 40 registers more and spill where others do not, and save 2 % of the cycles
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,8 @@ class Plan(Sides):
     @cached_property
     def block_b(self) -> int:
         """Features of the bottleneck taken at a time."""
-        return min(BOTTLENECK, self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
+        most = 32 if self.arch == "sm_90" else 64  # 64 take 40 registers more there, and spill; sm_100 compiles no 32
+        return min(most, self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
 
     @cached_property
     def scratch_size(self) -> int:
@@ -322,8 +322,20 @@ def _one_pass_backward(form: OnePass) -> OnePass | None:
         return None  # so does a last block of four that has to be masked
     for n in (8, 4, 2):
         if n * max(first.OP, last.OP) <= 128 and n * max(first.OP * first.IP, last.OP * last.IP) <= DY_TILE:
-            return replace(form, n=n) if n * min(first.OP, last.OP) >= 16 else None  # the least that a product sums
+            if n * min(first.OP, last.OP) < 16:
+                return None  # the least that a product sums
+            return replace(form, n=n, stages=1 if _is_triton_3_6() else form.stages)
     return None
+
+
+def _is_triton_3_6() -> bool:
+    """Whether it is this version that compiles, with which the backward spills where the next rows are loaded ahead."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    version: str = triton.__version__
+    return version.startswith("3.6.")
 
 
 def _fitted(blocks: Blocks, all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Blocks:

@@ -23,7 +23,6 @@ from loretta_kernels.shape import TTShape
 ALIGN = 32  # elements: a table starts on a line of 128 bytes
 WHOLE = 512  # features up to which a side is one table
 KEPT = 8  # heavy rows that a program keeps in registers
-CONTRACTED = 2048  # elements at a time, where gradients of sides become those of cores: it is done by one program
 LARGEST_COPY = 16384  # elements of a single core that are worth copying into a table
 
 
@@ -257,13 +256,9 @@ class Side:
         return (*starts, at)
 
     @cached_property
-    def contraction(self) -> tuple[tuple[int, int], ...]:
-        """For each core: columns and rows at a time of the gradient of the product that ends with it."""
-        found = []
-        for rows, columns in zip(self.chain_rows, self.columns, strict=True):
-            block = min(64, max(16, next_power_of_2(columns)))
-            found.append((block, max(64, min(next_power_of_2(rows), CONTRACTED // block))))
-        return tuple(found)
+    def column_blocks(self) -> tuple[int, ...]:
+        """For each core, how many of its columns are taken at a time, where its gradient is made."""
+        return tuple(min(64, max(16, next_power_of_2(columns))) for columns in self.columns)
 
     @cached_property
     def flops(self) -> int:

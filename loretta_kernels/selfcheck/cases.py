@@ -42,6 +42,10 @@ class Case:
         """A random problem of this case; `options` as of `random_problem`."""
         return random_problem(self.operator, self.shapes, N, dtype, activation=self.activation, **options)  # type: ignore[arg-type]
 
+    def training_problem(self, N: int, dtype: torch.dtype) -> Problem:
+        """As `problem`, as layers call it: with a fixed scale."""
+        return self.problem(N, dtype, scale=1.0 if self.operator == "tt_linear" else 0.5)
+
     def compulsory_bytes(self, N: int, itemsize: int) -> tuple[int, int]:
         """What must move: forward reads x and a residual that is not x, writes y; backward reads dy, x, writes dx."""
         I, O = N * self.in_features * itemsize, N * self.out_features * itemsize

@@ -27,10 +27,11 @@ def phase(name, programs, cycles, kernel="_one_pass_forward_kernel", rows=70):
 
 def counters(rows):
     forward, backward = "_one_pass_forward_kernel", "_backward_kernel"
+    programs, blocks = (1, 1) if rows == 1 else (2, 4.5)  # nine blocks of eight rows
     return [
-        phase("store_products:9", 9, 1000, forward, rows),
-        phase("for block:20", 9, 10_000, forward, rows),
-        phase("for block:20 / for c0:30", 9, 20_000, forward, rows),
+        phase("store_products:9", programs, 1000, forward, rows),
+        phase("for block:20", programs, blocks * 10_000, forward, rows),
+        phase("for block:20 / for c0:30", programs, blocks * 20_000, forward, rows),
         phase("from 9", 2, 1000, backward, rows),
         phase("for block:20", 2, 1_000_000, backward, rows),
         phase("is_last:70", 1, 5000, backward, rows),
