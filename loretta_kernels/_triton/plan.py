@@ -142,7 +142,7 @@ class Plan(Sides):
     @cached_property
     def block_b(self) -> int:
         """Features of the bottleneck taken at a time."""
-        most = 32 if self.arch == "sm_90" else 64  # 64 take 40 registers more there, and spill; sm_100 compiles no 32
+        most = 64 if self.arch.startswith("sm_10") else 32  # more take 40 registers more; fewer do not compile there
         return min(most, self.backward.c, max(16, next_power_of_2(self.sides[1].size)))
 
     @cached_property
