@@ -37,7 +37,7 @@ def _matmul(
         m = tile // tl.cdiv(N, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=2):
+        for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             a_ok, b_ok = (m < M)[:, None] & (k < K)[None, :], (k < K)[:, None] & (n < N)[None, :]
             a = tl.load(a_ptr + m[:, None] * stride_am + k[None, :] * stride_ak, mask=a_ok, other=0.0)
@@ -55,11 +55,10 @@ def _core_grad(
     ROWS: tl.constexpr = S.chain_rows[J]
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
-    BR: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
-    BC: tl.constexpr = S.column_blocks[J]
-    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, BC, BR)
+    B: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
+    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, B, B)
     _matmul(
-        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, BR, 16, BC
+        scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, B, 16, B
     )
     tl.debug_barrier()
 

@@ -256,11 +256,6 @@ class Side:
         return (*starts, at)
 
     @cached_property
-    def column_blocks(self) -> tuple[int, ...]:
-        """For each core, how many of its columns are taken at a time, where its gradient is made."""
-        return tuple(min(64, max(16, next_power_of_2(columns))) for columns in self.columns)
-
-    @cached_property
     def flops(self) -> int:
         """Multiply-adds that make the side's tiles once."""
         return self.size * self.A * self.KP
