@@ -24,10 +24,10 @@ def would_launch(case: Case, N: int, dtype: torch.dtype, arch: str, adapters: in
 
     dropout_p = LORA_DROPOUT if case.operator == "tt_lora" else 0.0
     options: dict[str, Any] = {"activation": case.activation, "dropout_p": dropout_p, "adapters": adapters}
-    return _by_direction(planned(case.operator, case.shapes, dtype, N, arch=arch, **options))
+    return by_direction(planned(case.operator, case.shapes, dtype, N, arch=arch, **options))
 
 
-def _by_direction(launches: Iterable[Any]) -> Directions:
+def by_direction(launches: Iterable[Any]) -> Directions:
     """Those of the forward kernel apart from those of the backward."""
     directions: Directions = {"forward": [], "backward": []}
     for launch in launches:

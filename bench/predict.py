@@ -20,15 +20,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.architectures import ARCHITECTURES
 from bench.classes import add_class_options, chosen
-from bench.launches import would_launch
+from bench.launches import by_direction
 from bench.output import add_output_options, emit
 from bench.report import RESULTS, predicted
 from bench.traffic import ARCH, MULTIPROCESSORS
 from loretta_kernels._triton.plan import FEW_ROWS
+from loretta_kernels._triton.planned import planned
 from loretta_kernels.selfcheck import Case
 
 ROWS = (1, 16, 256, 2048, 8192, 16384)
@@ -87,22 +86,22 @@ def predict(case: Case, counters: Any, resident: Any, ratios: Any, rows: Sequenc
 
     Args:
         counters: the phases by (class, rows, kernel).
-        resident: programs on a multiprocessor by (class, rows, kernel).
+        resident: programs on a multiprocessor by (class, rows, kernel); one where a kernel is not there.
         ratios: DRAM's bytes over the compulsory ones by (class, direction).
     """
     found = []
     for N in rows:
         compulsory = case.compulsory_bytes(N, 2)
-        for (direction, launches), bytes_needed in zip(
-            would_launch(case, N, torch.bfloat16, ARCH).items(), compulsory, strict=True
-        ):
+        without_dropout = planned(case.operator, case.shapes, N=N, arch=ARCH, activation=case.activation)
+        directions = by_direction(without_dropout).items()
+        for (direction, launches), bytes_needed in zip(directions, compulsory, strict=True):
             floor = bytes_needed / TB_PER_S / 1e6
             low = high = 0.0
             for launch in launches:
                 kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 key = case.name, FEW if N <= FEW_ROWS else MANY, kernel
                 cost = launched(counters[key], key[1], launch.constants["BLOCK_N"])
-                rounds = -(-prod(launch.grid) // (MULTIPROCESSORS * resident[key]))
+                rounds = -(-prod(launch.grid) // (MULTIPROCESSORS * resident.get(key, 1)))
                 blocks = -(-N // (launch.constants["BLOCK_N"] * launch.grid[0]))
                 moved = floor * ratios[case.name, direction]
                 for index, time in enumerate(cost.microseconds(rounds, blocks)):
