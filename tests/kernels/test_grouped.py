@@ -76,7 +76,7 @@ def test_every_option(residual, activation, dropout_p, biases):
 @every_operator
 def test_rows_get_what_their_adapter_alone_gives_them(operator):
     shapes = square(96, 12, 3)[: 1 if operator == "tt_linear" else 2]
-    for index, adapters in groupings(100):
+    for index, adapters in groupings(200):
         options = {"index": index, "adapters": adapters}
         check(exact_problem(operator, shapes, len(index), torch.float32, **options))
         # Where an adapter has one row, a gradient's few terms may cancel: some roundings more than the answer's own.
