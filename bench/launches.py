@@ -14,20 +14,23 @@ LORA_DROPOUT = 0.05  # PEFT's default
 Directions = dict[str, list[Any]]
 
 
-def would_launch(case: Case, N: int, dtype: torch.dtype, arch: str, adapters: int = 0) -> Directions:
+def would_launch(
+    case: Case, N: int, dtype: torch.dtype, arch: str, adapters: int = 0, dropout: bool = True
+) -> Directions:
     """What training with the method's defaults launches for N rows on this architecture; nothing runs.
 
     Args:
         adapters: so many are stacked, and the rows use them in turn.
+        dropout: whether tt_lora has any.
     """
     from loretta_kernels._triton.planned import planned
 
-    dropout_p = LORA_DROPOUT if case.operator == "tt_lora" else 0.0
+    dropout_p = LORA_DROPOUT if dropout and case.operator == "tt_lora" else 0.0
     options: dict[str, Any] = {"activation": case.activation, "dropout_p": dropout_p, "adapters": adapters}
-    return by_direction(planned(case.operator, case.shapes, dtype, N, arch=arch, **options))
+    return _by_direction(planned(case.operator, case.shapes, dtype, N, arch=arch, **options))
 
 
-def by_direction(launches: Iterable[Any]) -> Directions:
+def _by_direction(launches: Iterable[Any]) -> Directions:
     """Those of the forward kernel apart from those of the backward."""
     directions: Directions = {"forward": [], "backward": []}
     for launch in launches:

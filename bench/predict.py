@@ -5,7 +5,8 @@ program by phase), `bench.resources` (programs on a multiprocessor) and `bench.t
 launch, programs run in rounds of as many as the multiprocessors hold; each takes its cycles outside of the loop over
 blocks of rows once and those of the loop for every block; DRAM takes its bytes meanwhile, and what one program does
 alone comes on top. A range is from the best order of every basic block, as ptxas may find, to PTX's order. The floor is
-the compulsory bytes at the bandwidth of a copy. Starting a launch, some 3 us, is in neither.
+the compulsory bytes at the bandwidth of a copy. Starting a launch is in neither, and there is
+no dropout.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.architectures import ARCHITECTURES
 from bench.classes import add_class_options, chosen
-from bench.launches import by_direction
+from bench.launches import would_launch
 from bench.output import add_output_options, emit
 from bench.report import RESULTS, predicted
 from bench.traffic import ARCH, MULTIPROCESSORS
 from loretta_kernels._triton.plan import FEW_ROWS
-from loretta_kernels._triton.planned import planned
 from loretta_kernels.selfcheck import Case
 
 ROWS = (1, 16, 256, 2048, 8192, 16384)
@@ -92,8 +94,7 @@ def predict(case: Case, counters: Any, resident: Any, ratios: Any, rows: Sequenc
     found = []
     for N in rows:
         compulsory = case.compulsory_bytes(N, 2)
-        without_dropout = planned(case.operator, case.shapes, N=N, arch=ARCH, activation=case.activation)
-        directions = by_direction(without_dropout).items()
+        directions = would_launch(case, N, torch.bfloat16, ARCH, dropout=False).items()
         for (direction, launches), bytes_needed in zip(directions, compulsory, strict=True):
             floor = bytes_needed / TB_PER_S / 1e6
             low = high = 0.0

@@ -93,7 +93,7 @@ def tried(case: Case, arch: str, direction: str, plan: Plan, cost: Callable[...,
     chosen_blocks = getattr(plan, field_of(plan, direction))
     blocks = f"{chosen_blocks.warps} warps, {chosen_blocks.words}, {chosen_blocks.stages} stages"
     with planned_as(plan):
-        launch = would_launch(case, ROWS, DTYPE, arch)[direction][0]
+        launch = would_launch(case, ROWS, DTYPE, arch, dropout=False)[direction][0]
         try:
             kernel = compiled(launch, arch)
         except Exception as error:  # whatever the compiler raises is a finding about this candidate

@@ -207,16 +207,8 @@ class _Kernels:
         """The forward that keeps whole rows on the chip, where the plan has it."""
         if (form := self.plan.one_pass) is None:
             return None
-        of_form = {
-            **form.named_sides,
-            "TABLE_SIZE": form.table_size,
-            "LEVELS": form.levels,
-            "BLOCK_N": form.n,
-            "BLOCK_I": form.i,
-            "BLOCK_O": form.o,
-            "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
-        }
-        return form, self._variant(_one_pass_forward_kernel, of_form, form.warps, form.stages)
+        own = {"TABLE_SIZE": form.table_size, "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix}
+        return form, self._of_whole_rows(_one_pass_forward_kernel, form, own)
 
     @cached_property
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
@@ -224,17 +216,18 @@ class _Kernels:
         form = self.plan.one_pass_backward
         if form is None or not self._constants["ATOMIC"] or self._constants["DROPOUT_P"]:
             return None
-        of_form = {
-            **form.named_sides,
+        own = {
             "AT": form.kept,
             "TABLE_SIZE": form.kept.tables + form.kept.end,
-            "LEVELS": form.levels,
-            "BLOCK_N": form.n,
-            "BLOCK_I": form.i,
-            "BLOCK_O": form.o,
             "KEEPS_DY": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
         }
-        return form, self._variant(_one_pass_backward_kernel, of_form, form.warps, form.stages)
+        return form, self._of_whole_rows(_one_pass_backward_kernel, form, own)
+
+    def _of_whole_rows(self, kernel: Any, form: OnePass, own: dict[str, Any]) -> Variant:
+        """A kernel that keeps whole rows on the chip."""
+        blocks = {"BLOCK_N": form.n, "BLOCK_I": form.i, "BLOCK_O": form.o}
+        constants = {**form.named_sides, "LEVELS": form.levels, **blocks, **own}
+        return self._variant(kernel, constants, form.warps, form.stages)
 
     def _variant(self, kernel: Any, own: dict[str, Any], warps: int, stages: int) -> Variant:
         """With those of all constants that the kernel takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from bench import tune
@@ -47,6 +48,15 @@ def test_the_form_that_serves_is_the_one_that_is_varied(compiles):
     assert (other.one_pass.n, other.one_pass.i, other.one_pass.o) == (4, 32, 32)
     tune.tried(CASE, "sm_90", "forward", other, lambda *args: 1.0)
     assert compiles[0].constants["BLOCK_I"] == 32
+
+
+def test_what_is_compiled_is_what_is_run_without_dropout(compiles):
+    """With dropout, rep's default, or deterministic sums another form would serve the backward."""
+    torch.use_deterministic_algorithms(False)
+    case = next(case for case in FIRST_RATE if case.name == "rep 4096→4096 8 5")
+    plan = plan_of(*case.shapes, 2, "sm_90")
+    tune.tried(case, "sm_90", "backward", plan, lambda *args: 1.0)
+    assert compiles[0].kernel.__name__ == "_one_pass_backward_kernel"
 
 
 @pytest.mark.parametrize(("warps", "stages", "why"), [(8, 1, "spills"), (4, 3, "too much shared memory")])
