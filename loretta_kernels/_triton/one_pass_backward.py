@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot
+from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot, dropout_factor
 from loretta_kernels._triton.core_grads import copy, is_last, store_core_grads
 from loretta_kernels._triton.one_pass_kernel import beside_remainder, spread, tile_ok, times
 from loretta_kernels._triton.row_tables import (
@@ -153,6 +153,7 @@ def _one_pass_backward_kernel(
     down_bias_ptr,
     up_ptr,
     learnt_scale_ptr,
+    seed_ptr,
     dx_ptr,
     ddown_ptr,
     ddown_bias_ptr,
@@ -176,6 +177,8 @@ def _one_pass_backward_kernel(
     LEVELS: tl.constexpr,
     # blocks and flags
     ACTIVATION: tl.constexpr,
+    DROPOUT_P: tl.constexpr,
+    DROPPED: tl.constexpr,
     RESIDUAL_IS_X: tl.constexpr,
     KEEPS_DY: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -281,15 +284,25 @@ def _one_pass_backward_kernel(
         g = cast((outer[:, None, :] * ds).reshape(IN_M, LD.CP), DTYPE)
         if ddown_ptr is not None:
             p = tl.full([IN_M, LD.CP], 0, tl.float32)
+            dropped: tl.tuple = ()
             for j in tl.static_range(IN_BLOCKS):
-                p = dot(xs[j], down_inner[j], p, PRECISION)
+                x = xs[j]
+                if DROPOUT_P > 0:
+                    c0 = in_o * LD.inner + j * BLOCK_I
+                    factor = dropout_factor(tl.load(seed_ptr), first + in_n, c0, DROPOUT_P, DROPPED, IN_M, BLOCK_I)
+                    x = cast(x.to(tl.float32) * factor, DTYPE)
+                dropped = dropped + (x,)
+                p = dot(x, down_inner[j], p, PRECISION)
             _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
-            ddown_inner = _plus_products(ddown_inner, xs, g, PRECISION)
+            ddown_inner = _plus_products(ddown_inner, dropped, g, PRECISION)
         if dx_ptr is not None:
             for j in tl.static_range(IN_BLOCKS):
                 dx = tl.full([IN_M, BLOCK_I], 0, tl.float32)
                 if N > 0:  # as above
                     dx = dot(g, tl.trans(down_inner[j]), dx, PRECISION)
+                if DROPOUT_P > 0:
+                    c0 = in_o * LD.inner + j * BLOCK_I
+                    dx *= dropout_factor(tl.load(seed_ptr), first + in_n, c0, DROPOUT_P, DROPPED, IN_M, BLOCK_I)
                 if KEEPS_DY:  # from shared memory; in registers it would be for the whole of the loop
                     dx = dot(dys[j], identity, dx, PRECISION)
                 ok = tile_ok(in_o, j * BLOCK_I + i, in_n < rows, LD)
