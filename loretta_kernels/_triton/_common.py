@@ -85,10 +85,8 @@ def dact(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def dropout_factor(
-    seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p), as `philox` says.
+def kept_by_dropout(seed, rows, c0, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which of the elements (row, c0 .. c0 + BLOCK_C) of x dropout keeps, as `philox` says.
 
     c0, a multiple of 8, is the same for all rows, or one for each.
     """
@@ -98,8 +96,15 @@ def dropout_factor(
     oct = oct.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, oct, oct * 0, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
-    bits = tl.join(words << 16 >> 16, words >> 16).reshape(BLOCK_N, BLOCK_C)
-    return tl.where(bits >= DROPPED, 1 / (1 - P), 0.0)
+    return tl.join(words << 16 >> 16, words >> 16).reshape(BLOCK_N, BLOCK_C) >= DROPPED
+
+
+@triton.jit
+def dropout_factor(
+    seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """What dropout multiplies these elements of x by: 0, or 1 / (1 - p)."""
+    return tl.where(kept_by_dropout(seed, rows, c0, DROPPED, BLOCK_N, BLOCK_C), 1 / (1 - P), 0.0)
 
 
 @triton.jit

@@ -213,11 +213,9 @@ class _Kernels:
     @cached_property
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
         """The backward that keeps whole rows on the chip, where the plan has it and programs may add in any order."""
-        form = self.plan.one_pass_backward
+        form = self.plan.one_pass_backward_of(self._constants["DROPOUT_P"])
         if form is None or not self._constants["ATOMIC"]:
             return None
-        if self._constants["DROPOUT_P"] and any(side.size > 16 for side in form.sides[1:-1]):
-            return None  # masks beside the tables of a wide bottleneck spill
         own = {
             "AT": form.kept,
             "TABLE_SIZE": form.kept.tables + form.kept.end,

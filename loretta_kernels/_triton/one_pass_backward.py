@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot, dropout_factor
+from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot, kept_by_dropout
 from loretta_kernels._triton.core_grads import copy, is_last, store_core_grads
 from loretta_kernels._triton.one_pass_kernel import beside_remainder, spread, tile_ok, times
 from loretta_kernels._triton.row_tables import (
@@ -279,22 +279,24 @@ def _one_pass_backward_kernel(
             if ddown_bias_ptr is not None:
                 tl.atomic_add(sums_ptr + AT.down_bias + tl.arange(0, RD.IP), tl.sum(dh, 0), sem="relaxed")
 
+        if DROPOUT_P > 0:  # what the elements of x that are kept are multiplied by
+            ds *= 1 / (1 - DROPOUT_P)
         ds = times(ds, _kept(kept_ptr + AT.down_waist, LD.QP, LD.CP))[None, :, :]
         outer = _kept(kept_ptr + AT.down_packed, LD.OP, LD.CP)
         g = cast((outer[:, None, :] * ds).reshape(IN_M, LD.CP), DTYPE)
         if ddown_ptr is not None:
             p = tl.full([IN_M, LD.CP], 0, tl.float32)
-            dropped: tl.tuple = ()
+            added: tl.tuple = ()
             for j in tl.static_range(IN_BLOCKS):
                 x = xs[j]
                 if DROPOUT_P > 0:
                     c0 = in_o * LD.inner + j * BLOCK_I
-                    factor = dropout_factor(tl.load(seed_ptr), first + in_n, c0, DROPOUT_P, DROPPED, IN_M, BLOCK_I)
-                    x = cast(x.to(tl.float32) * factor, DTYPE)
-                dropped = dropped + (x,)
+                    is_kept = kept_by_dropout(tl.load(seed_ptr), first + in_n, c0, DROPPED, IN_M, BLOCK_I)
+                    x = tl.where(is_kept, x, 0.0).to(DTYPE)
                 p = dot(x, down_inner[j], p, PRECISION)
+                added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
+            ddown_inner = added
             _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
-            ddown_inner = _plus_products(ddown_inner, dropped, g, PRECISION)
         if dx_ptr is not None:
             for j in tl.static_range(IN_BLOCKS):
                 dx = tl.full([IN_M, BLOCK_I], 0, tl.float32)
@@ -302,7 +304,8 @@ def _one_pass_backward_kernel(
                     dx = dot(g, tl.trans(down_inner[j]), dx, PRECISION)
                 if DROPOUT_P > 0:
                     c0 = in_o * LD.inner + j * BLOCK_I
-                    dx *= dropout_factor(tl.load(seed_ptr), first + in_n, c0, DROPOUT_P, DROPPED, IN_M, BLOCK_I)
+                    is_kept = kept_by_dropout(tl.load(seed_ptr), first + in_n, c0, DROPPED, IN_M, BLOCK_I)
+                    dx = tl.where(is_kept, dx, 0.0)
                 if KEEPS_DY:  # from shared memory; in registers it would be for the whole of the loop
                     dx = dot(dys[j], identity, dx, PRECISION)
                 ok = tile_ok(in_o, j * BLOCK_I + i, in_n < rows, LD)

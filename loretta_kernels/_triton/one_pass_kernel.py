@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import act, cast, dropout_factor
+from loretta_kernels._triton._common import act, cast, kept_by_dropout
 from loretta_kernels._triton.row_tables import load_inner, load_outer, load_whole, store_products
 
 
@@ -159,10 +159,11 @@ def _one_pass_forward_kernel(
             x = xs[j]
             if DROPOUT_P > 0:
                 c0 = in_o * LD.inner + j * BLOCK_I
-                factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, IN_M, BLOCK_I)
-                x = cast(x.to(tl.float32) * factor, DTYPE)
+                x = tl.where(kept_by_dropout(tl.load(seed_ptr), rows, c0, DROPPED, IN_M, BLOCK_I), x, 0.0).to(DTYPE)
             p = tl.dot(x, down_inner[j], p)
         s = waist(p, down_outer, BLOCK_N, LD)
+        if DROPOUT_P > 0:  # what the elements of x that are kept are multiplied by
+            s *= 1 / (1 - DROPOUT_P)
         n = first + tl.arange(0, BLOCK_N)
         tl.store(waist_ptr + n[:, None] * LD.K + k[None, :], s, mask=(n < N)[:, None] & (k < LD.K)[None, :])
 

@@ -128,7 +128,7 @@ class Plan(Sides):
 
     `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
     backward of so few that programs share the features. `one_pass` takes the place of the forward where it is given,
-    and `one_pass_backward` that of the backward, without dropout or the gradient of a learnt scale.
+    and `one_pass_backward` that of the backward, but for the gradient of a learnt scale.
     """
 
     arch: str
@@ -174,6 +174,14 @@ class Plan(Sides):
     def forward_of(self, N: int) -> Blocks:
         """The blocks of the forward of N rows."""
         return self.few if N <= self.few.n else self.forward
+
+    def one_pass_backward_of(self, dropout_p: float) -> OnePass | None:
+        """The one-pass backward of a call: dropout needs registers for its masks."""
+        form = self.one_pass_backward
+        if form is None or not dropout_p:
+            return form
+        is_wide = any(side.size > 16 for side in form.sides[1:-1])
+        return None if is_wide else replace(form, n=min(form.n, 4))  # beside a wide bottleneck, or 8 rows, it spills
 
     def backward_of(self, N: int) -> Blocks:
         """The blocks of the backward of N rows."""
