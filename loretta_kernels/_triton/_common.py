@@ -85,26 +85,24 @@ def dact(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def kept_by_dropout(seed, rows, c0, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def kept_by_dropout(seed, low, high, c0, DROPPED: tl.constexpr, BLOCK_C: tl.constexpr):
     """Which of the elements (row, c0 .. c0 + BLOCK_C) of x dropout keeps, as `philox` says.
 
-    c0, a multiple of 8, is the same for all rows, or one for each.
+    Args:
+        low, high: the rows [n, 1] in two words of 32 bits; one high word may serve all.
+        c0: a multiple of 8, the same for all rows, or one for each.
     """
-    oct = (c0 // 8 + tl.full([BLOCK_N], 0, tl.int32))[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]
-    row = rows[:, None] + tl.full([1, BLOCK_C // 8], 0, tl.int64)
-    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    oct = oct.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, oct, oct * 0, n_rounds=7)
+    oct = ((c0 // 8 + tl.full([low.shape[0]], 0, tl.int32))[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low + oct * 0, high + oct * 0, oct, oct * 0, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
-    return tl.join(words << 16 >> 16, words >> 16).reshape(BLOCK_N, BLOCK_C) >= DROPPED
+    return tl.join(words << 16 >> 16, words >> 16).reshape(low.shape[0], BLOCK_C) >= DROPPED
 
 
 @triton.jit
-def dropout_factor(
-    seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """What dropout multiplies these elements of x by: 0, or 1 / (1 - p)."""
-    return tl.where(kept_by_dropout(seed, rows, c0, DROPPED, BLOCK_N, BLOCK_C), 1 / (1 - P), 0.0)
+def dropout_factor(seed, rows, c0, P: tl.constexpr, DROPPED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What dropout multiplies the elements (row, c0 .. c0 + BLOCK_C) of x by: 0, or 1 / (1 - p)."""
+    low, high = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
+    return tl.where(kept_by_dropout(seed, low, high, c0, DROPPED, BLOCK_C), 1 / (1 - P), 0.0)
 
 
 @triton.jit

@@ -238,7 +238,7 @@ def _backward_kernel(
                 if RESIDUAL_IS_X and dx_ptr is not None:
                     base = load_rows(dy_ptr, rows, stride_dyn, c, N, RU.size)
                 if DROPOUT_P > 0:
-                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_N, BLOCK_C)
+                    factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_C)
                 if ddown_ptr is not None:
                     x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
                     if DROPOUT_P > 0:

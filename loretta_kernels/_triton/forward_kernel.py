@@ -138,7 +138,7 @@ def _forward_kernel(
             c = c0 + tl.arange(0, BLOCK_C)
             x = load_rows(x_ptr, rows, stride_xn, c, N, LD.size)
             if DROPOUT_P > 0:
-                factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_N, BLOCK_C)
+                factor = dropout_factor(tl.load(seed_ptr), rows, c0, DROPOUT_P, DROPPED, BLOCK_C)
                 x = x.to(tl.float32) * factor
             tile = load_tile(tables_ptr, down_ptr, kept, c0, LD, BLOCK_C)
             s = dot(cast(x, DTYPE), cast(tile, DTYPE), s, PRECISION)

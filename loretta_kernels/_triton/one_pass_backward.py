@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot, kept_by_dropout
+from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot
 from loretta_kernels._triton.core_grads import copy, is_last, store_core_grads
-from loretta_kernels._triton.one_pass_kernel import beside_remainder, spread, tile_ok, times
+from loretta_kernels._triton.one_pass_kernel import beside_remainder, kept_of_block, spread, tile_ok, times
 from loretta_kernels._triton.row_tables import (
     load_outer,
     load_packed_inner,
@@ -290,11 +290,10 @@ def _one_pass_backward_kernel(
             for j in tl.static_range(IN_BLOCKS):
                 x = xs[j]
                 if DROPOUT_P > 0:
-                    c0 = in_o * LD.inner + j * BLOCK_I
-                    is_kept = kept_by_dropout(tl.load(seed_ptr), first + in_n, c0, DROPPED, IN_M, BLOCK_I)
+                    is_kept = kept_of_block(seed_ptr, first, in_n, in_o * LD.inner + j * BLOCK_I, DROPPED, BLOCK_I)
                     x = tl.where(is_kept, x, 0.0).to(DTYPE)
-                p = dot(x, down_inner[j], p, PRECISION)
                 added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
+                p = dot(x, down_inner[j], p, PRECISION)
             ddown_inner = added
             _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
         if dx_ptr is not None:
@@ -303,8 +302,7 @@ def _one_pass_backward_kernel(
                 if N > 0:  # as above
                     dx = dot(g, tl.trans(down_inner[j]), dx, PRECISION)
                 if DROPOUT_P > 0:
-                    c0 = in_o * LD.inner + j * BLOCK_I
-                    is_kept = kept_by_dropout(tl.load(seed_ptr), first + in_n, c0, DROPPED, IN_M, BLOCK_I)
+                    is_kept = kept_of_block(seed_ptr, first, in_n, in_o * LD.inner + j * BLOCK_I, DROPPED, BLOCK_I)
                     dx = tl.where(is_kept, dx, 0.0)
                 if KEEPS_DY:  # from shared memory; in registers it would be for the whole of the loop
                     dx = dot(dys[j], identity, dx, PRECISION)

@@ -57,6 +57,13 @@ def tile_ok(o, c, row_ok, S: tl.constexpr):
 
 
 @triton.jit
+def kept_of_block(seed_ptr, first, n, c0, DROPPED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which elements (first + n, c0 .. c0 + BLOCK_C) of x dropout keeps: rows of a block have one high word."""
+    low, high = (first.to(tl.uint32) + n.to(tl.uint32))[:, None], (first >> 32).to(tl.uint32)
+    return kept_by_dropout(tl.load(seed_ptr), low, high, c0, DROPPED, BLOCK_C)
+
+
+@triton.jit
 def load_bias(bias_ptr, o, c, scale, S: tl.constexpr):
     """scale · bias of the features (o, c)."""
     ok = tile_ok(o, c, o >= 0, S)
@@ -158,8 +165,8 @@ def _one_pass_forward_kernel(
         for j in tl.static_range(IN_BLOCKS):
             x = xs[j]
             if DROPOUT_P > 0:
-                c0 = in_o * LD.inner + j * BLOCK_I
-                x = tl.where(kept_by_dropout(tl.load(seed_ptr), rows, c0, DROPPED, IN_M, BLOCK_I), x, 0.0).to(DTYPE)
+                is_kept = kept_of_block(seed_ptr, first, in_n, in_o * LD.inner + j * BLOCK_I, DROPPED, BLOCK_I)
+                x = tl.where(is_kept, x, 0.0).to(DTYPE)
             p = tl.dot(x, down_inner[j], p)
         s = waist(p, down_outer, BLOCK_N, LD)
         if DROPOUT_P > 0:  # what the elements of x that are kept are multiplied by
