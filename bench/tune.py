@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables, found = [], {}
     for case in chosen(args):
         down, up = case.shapes if len(case.shapes) == 2 else (*case.shapes, None)
-        plan = plan_of(down, up, DTYPE.itemsize, arch)
+        plan = plan_of(down, up, DTYPE.itemsize, arch, case.operator == "tt_adapter")
         for direction in args.directions:
             rows = [
                 tried(case, arch, direction, candidate, cost)

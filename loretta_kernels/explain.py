@@ -64,7 +64,7 @@ def _lines(
     from loretta_kernels._triton.plan import plan_of
 
     size = dtype.itemsize
-    plan = plan_of(shape, up_shape, size, arch)
+    plan = plan_of(shape, up_shape, size, arch, residual_is_x=up_shape is not None and not lora)
     if adapters:  # which the streamed form serves
         plan = replace(plan, one_pass=None, one_pass_backward=None)
     name = "y = x · W + b"

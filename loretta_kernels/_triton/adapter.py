@@ -172,7 +172,9 @@ class _Kernels:
         exact: bool,
         atomic: bool,
     ) -> None:
-        self.plan = plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch)
+        self.plan = plan = plan_of(
+            down_shape, up_shape, y_dtype.itemsize, arch, residual_is_x, dropout_p > 0
+        )
         # The products with rows are in fp32 unless x and y share 16 bits.
         dtype = x_dtype if x_dtype is y_dtype else torch.float32
         self._variants: dict[tuple[Any, ...], Variant] = {}
@@ -213,7 +215,7 @@ class _Kernels:
     @cached_property
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
         """The backward that keeps whole rows on the chip, where the plan has it and programs may add in any order."""
-        form = self.plan.one_pass_backward_of(self._constants["DROPOUT_P"])
+        form = self.plan.one_pass_backward
         if form is None or not self._constants["ATOMIC"]:
             return None
         own = {

@@ -18,7 +18,6 @@ MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's ow
 MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
 X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
-DY_TILE = 16384  # the same in the backward, where x and dy lie there twice, the next ones beside those at hand
 MAX_PARTS = 64
 
 
@@ -175,14 +174,6 @@ class Plan(Sides):
         """The blocks of the forward of N rows."""
         return self.few if N <= self.few.n else self.forward
 
-    def one_pass_backward_of(self, dropout_p: float) -> OnePass | None:
-        """The one-pass backward of a call: dropout needs registers for its masks."""
-        form = self.one_pass_backward
-        if form is None or not dropout_p:
-            return form
-        is_wide = any(side.size > 16 for side in form.sides[1:-1])
-        return None if is_wide else replace(form, n=min(form.n, 4))  # beside a wide bottleneck, or 8 rows, it spills
-
     def backward_of(self, N: int) -> Blocks:
         """The blocks of the backward of N rows."""
         return self.few_backward if N <= FEW_ROWS else self.backward
@@ -197,12 +188,14 @@ class Plan(Sides):
 
 
 @cache
-def plan_of(down: TTShape, up: TTShape | None, itemsize: int, arch: str) -> Plan:
+def plan_of(
+    down: TTShape, up: TTShape | None, itemsize: int, arch: str, residual_is_x: bool = True, has_dropout: bool = False
+) -> Plan:
     """The plan of one train, or of two."""
     first = sides(down)
     all_sides = first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end))
     one_pass = _one_pass(row_sides(down, up), itemsize, arch)
-    one_pass_backward = _one_pass_backward(one_pass) if one_pass else None
+    one_pass_backward = _one_pass_backward(one_pass, residual_is_x, has_dropout) if one_pass else None
     return replace(_plan(all_sides, itemsize, arch), one_pass=one_pass, one_pass_backward=one_pass_backward)
 
 
@@ -321,17 +314,30 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
     return None
 
 
-def _one_pass_backward(form: OnePass) -> OnePass | None:
-    """The backward that keeps whole rows on the chip, of fewer rows at a time: it has x and dy there, and sums."""
+def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) -> OnePass | None:
+    """The backward that keeps whole rows on the chip, of as many rows at a time as fit, without spills.
+
+    x and dy lie there twice, the next rows beside those at hand; a wide bottleneck, dy as a part of dx, and masks leave
+    less room.
+    """
     first, last = form.sides[0], form.sides[-1]
+    is_wide = any(side.size > 16 for side in form.sides[1:-1])
     if max(first.CP, last.CP) > 32:
         return None  # sums for 64 pairs of a bond's and the waist's index spill
     if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
         return None  # so does a last block of four that has to be masked
+    if is_wide and has_dropout:
+        return None  # so do masks beside the tables and the sums of a wide bottleneck
+    if first.IP + last.IP > 640:
+        return None  # so do sums for so many inner features
+    rows, outer, elements = (8, 256, 32768) if is_wide or residual_is_x else (8, 512, 40960)
+    if has_dropout:
+        rows, outer, elements = 4, min(outer, 320), min(elements, 32768)
+    if min(first.inner, last.inner) < 64:  # tiles of many rows
+        rows, outer = 4, min(outer, 256)
     for n in (8, 4, 2):
-        if n * max(first.OP, last.OP) <= 128 and n * max(first.OP * first.IP, last.OP * last.IP) <= DY_TILE:
-            if n * min(first.OP, last.OP) < 16:
-                return None  # the least that a product sums
+        fits = n * (first.OP + last.OP) <= outer and n * (first.OP * first.IP + last.OP * last.IP) <= elements
+        if n <= rows and fits and n * min(first.OP, last.OP) >= 16:  # the least that a product sums
             return replace(form, n=n, stages=1 if _is_triton_3_6() else form.stages)
     return None
 
