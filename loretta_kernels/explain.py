@@ -63,8 +63,8 @@ def _lines(
     """The lines of the explanation."""
     from loretta_kernels._triton.plan import plan_of
 
-    size = dtype.itemsize
-    plan = plan_of(shape, up_shape, size, arch, residual_is_x=up_shape is not None and not lora)
+    size, residual_is_x = dtype.itemsize, up_shape is not None and not lora
+    plan = plan_of(shape, up_shape, size, arch, residual_is_x)
     if adapters:  # which the streamed form serves
         plan = replace(plan, one_pass=None, one_pass_backward=None)
     name = "y = x · W + b"
@@ -95,7 +95,11 @@ def _lines(
         )
     if plan.one_pass_backward:
         words = plan.backward_of(N).words
-        yield f"    with dropout, a learnt scale or deterministic algorithms: {words}"
+        dropping = plan_of(shape, up_shape, size, arch, residual_is_x, has_dropout=True).one_pass_backward
+        if dropping is not None and dropping != plan.one_pass_backward:
+            yield f"    with dropout: {dropping.words}"
+        with_dropout = "" if dropping else "dropout, "
+        yield f"    with {with_dropout}a learnt scale or deterministic algorithms: {words}"
     of_each = " for each adapter" if adapters else ""
     yield f"  tables of {_bytes(4 * plan.table_size)} a program; sums of {_bytes(4 * plan.grad_size)}{of_each}"
 

@@ -172,9 +172,7 @@ class _Kernels:
         exact: bool,
         atomic: bool,
     ) -> None:
-        self.plan = plan = plan_of(
-            down_shape, up_shape, y_dtype.itemsize, arch, residual_is_x, dropout_p > 0
-        )
+        self.plan = plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch, residual_is_x, dropout_p > 0)
         # The products with rows are in fp32 unless x and y share 16 bits.
         dtype = x_dtype if x_dtype is y_dtype else torch.float32
         self._variants: dict[tuple[Any, ...], Variant] = {}

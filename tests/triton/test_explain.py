@@ -19,9 +19,17 @@ def test_names_the_factors_the_launches_and_the_compulsory_bytes(capsys):
     assert "L_down [4096 x 5] = light 256 x 5 · heavy 5 x 16 x 5" in text
     assert "forward: 132 programs of 8 warps, 8 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
     assert "backward: 132 programs of 8 warps, 4 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
-    assert "or deterministic algorithms: 64 rows and 64 features at a time" in text
+    assert "with dropout, a learnt scale or deterministic algorithms: 64 rows and 64 features at a time" in text
     assert "compulsory 134 MB" in text
     assert "compulsory 201 MB" in text
+
+
+def test_names_the_rows_that_the_backward_takes_with_dropout(capsys):
+    explain(TTShape.for_matrix(4096, 8, 5), TTShape.for_matrix(8, 4096, 5), lora=True)
+    text = capsys.readouterr().out
+    assert "backward: 132 programs of 8 warps, 4 whole rows at a time" in text
+    assert "with dropout: 2 whole rows at a time" in text
+    assert "with a learnt scale or deterministic algorithms: 64 rows" in text
 
 
 @pytest.mark.parametrize(("rows", "adapters"), [(8192, 3), (512, 64), (5, 64), (0, 2)])
