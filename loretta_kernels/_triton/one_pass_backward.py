@@ -292,8 +292,11 @@ def _one_pass_backward_kernel(
                 if DROPOUT_P > 0:
                     is_kept = kept_of_block(seed_ptr, first, in_n, in_o * LD.inner + j * BLOCK_I, DROPPED, BLOCK_I)
                     x = tl.where(is_kept, x, 0.0).to(DTYPE)
+                if DROPOUT_P == 0:  # either place spills in the other case
+                    p = dot(x, down_inner[j], p, PRECISION)
                 added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
-                p = dot(x, down_inner[j], p, PRECISION)
+                if DROPOUT_P > 0:
+                    p = dot(x, down_inner[j], p, PRECISION)
             ddown_inner = added
             _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
         if dx_ptr is not None:
