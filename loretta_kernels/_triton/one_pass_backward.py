@@ -289,16 +289,13 @@ def _one_pass_backward_kernel(
             added: tl.tuple = ()
             for j in tl.static_range(IN_BLOCKS):
                 x = xs[j]
-                if DROPOUT_P > 0:
+                if DROPOUT_P > 0:  # what is kept of x is at hand once; without dropout both at once would spill
                     is_kept = kept_of_block(seed_ptr, first, in_n, in_o * LD.inner + j * BLOCK_I, DROPPED, BLOCK_I)
                     x = tl.where(is_kept, x, 0.0).to(DTYPE)
-                if DROPOUT_P == 0:  # either place spills in the other case
-                    p = dot(x, down_inner[j], p, PRECISION)
-                added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
-                if DROPOUT_P > 0:
-                    p = dot(x, down_inner[j], p, PRECISION)
-            ddown_inner = added
+                    added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
+                p = dot(x, down_inner[j], p, PRECISION)
             _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
+            ddown_inner = added if DROPOUT_P > 0 else _plus_products(ddown_inner, xs, g, PRECISION)
         if dx_ptr is not None:
             for j in tl.static_range(IN_BLOCKS):
                 dx = tl.full([IN_M, BLOCK_I], 0, tl.float32)
