@@ -11,9 +11,9 @@ All other cores orthonormal about it, the first moves by rate · sqrt(K · width
 rate moves a LoRA's factor of waist x width. That would move the second too fast where the layer is wide, and 1024 in
 the place of the width too slowly: it has their geometric mean, with which a rep adapter has one best rate from 256 to
 4096 (docs/learning.md). Only the product of a side's gains matters to the function: it is rounded to a power of two,
-which the shape holds (`TTShape.gains`); the rest is in the cores. The core that is zero at the
-start moves twice as far as that, and the others of its side less, by so much that the side keeps its gain: at LoRA's
-rates a rep adapter then learns as fast as LoRA. With twice the gain for all cores it collapsed at 3e-3.
+which the shape holds (`TTShape.gains`); the rest is in the cores. The core that is zero at the start moves twice as far
+as that, and the others of its side less, by so much that the side keeps its gain: an adapter then learns faster, and
+does not collapse at 3e-3, as rep did with twice the gain for all cores.
 """
 
 from __future__ import annotations
