@@ -92,9 +92,8 @@ def kept_by_dropout(seed, low, high, c0, DROPPED: tl.constexpr, BLOCK_C: tl.cons
         low, high: the rows [n, 1] in two words of 32 bits; one high word may serve all.
         c0: a multiple of 8, the same for all rows, or one for each.
     """
-    oct = ((c0 // 8 + tl.full([low.shape[0]], 0, tl.int32))[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]).to(
-        tl.uint32
-    )
+    oct = (c0 // 8 + tl.full([low.shape[0]], 0, tl.int32))[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]
+    oct = oct.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low + oct * 0, high + oct * 0, oct, oct * 0, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
     return tl.join(words << 16 >> 16, words >> 16).reshape(low.shape[0], BLOCK_C) >= DROPPED

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from loretta import LorettaAdpConfig, LorettaRepConfig, export_lora, get_peft_model
 from loretta.layer import adapter_train
 from loretta.tensor_train import TensorTrain
-from loretta_kernels import TT, tt_matrix
+from loretta_kernels import TT, start, tt_matrix
 from tests.tiny_models import tiny_logits, tiny_model
 
 # Written by commit 3002636, the last one without the field: roberta for SEQ_CLS, every core and bias drawn.
@@ -115,3 +115,22 @@ def test_a_layer_of_a_new_head_starts_as_the_paper_draws_it(method: type[Loretta
         torch.manual_seed(0)
         matrices.append(adapter_train(method(core_gain=core_gain), 96, 96, 5, head=True).matrix())
     torch.testing.assert_close(*matrices)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(256, 2), (576, 5), (4096, 5), (8192, 16)])
+def test_the_core_that_is_zero_moves_further_and_its_side_keeps_its_gain(
+    width: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that saved cores, which know the gain of a side alone, stay what they are."""
+    found = []
+    for zero_gain in (1.0, 2.0):
+        monkeypatch.setattr(start, "ZERO_GAIN", zero_gain)
+        train = adapter_train(LorettaRepConfig(), 8, width, rank, up=True)
+        stored = train.cores.detach().split(train.shape.core_sizes)
+        zero = next(k for k, core in enumerate(stored) if not core.any())
+        found.append((train.shape, start.stored_gains(train.shape, up=True), zero))
+    (shape, equal, zero), (same, gains, _) = found
+    assert shape == same
+    assert gains[zero] == pytest.approx(2 * equal[zero])
+    sides = slice(None, shape.cut), slice(shape.cut, None)
+    assert [math.prod(gains[side]) for side in sides] == pytest.approx(list(shape.factors))

@@ -24,9 +24,9 @@ the whole list, as "rep / adp: why", an asterisk where the default is changed:
 - `_test_merge_layers`, `_test_safe_merge`, `test_disable_adapters_with_merging` (wider tolerances for some methods):
   the narrow one / skipped.
 - `test_only_params_are_updated`, `test_parameters_after_loading_model` (learning rate 0.5, or one of its own for eleven
-  methods): 0.01* / 0.01* on the MLPs, where three steps down a loss without lower bound give NaN in every parameter,
-  which the first test takes for an update. `learning_rate` gives it, and the steps are checked to be finite.
-- `test_disable_adapters` (another learning rate for some methods): the default / the default.
+  methods), `test_disable_adapters` (0.01, or one of its own): 0.001* / 0.01* on the MLPs, where three steps down a loss
+  without lower bound give NaN in every parameter, which the first test takes for an update; the default / 5* on the
+  model of embeddings. `learning_rate` gives it, and the steps are checked to be finite.
 - `test_disable_adapter_with_bias_warns` (its condition holds always): skipped / skipped, as for every method.
 - `test_lora_conversion` (asks the layer): runs / ends at once. On OPT it reads the resolved `target_modules` back from
   the caller's config, which LoRETTA does not write to: there `edit_row` names the default targets.
@@ -59,9 +59,15 @@ _SKIPPED: dict[tuple[str, type, str | None], str] = {
         _OPT,
     ): "OPT flattens the batch before the layers that adp targets.",
 }
-_TRAINING = ("test_only_params_are_updated", "test_parameters_after_loading_model")
-# model -> learning rate in these tests
-_LEARNING_RATES = {"MLP": 0.01, "MLP2": 0.01}
+_TRAINING = ("test_only_params_are_updated", "test_parameters_after_loading_model", "test_disable_adapters")
+# (method, model) -> learning rate in these tests; plain SGD moves a core by the square of its gain
+_LEARNING_RATES: dict[tuple[type, str], float] = {
+    (LorettaRepConfig, "MLP"): 0.001,
+    (LorettaRepConfig, "MLP2"): 0.001,
+    (LorettaAdpConfig, "MLP"): 0.01,
+    (LorettaAdpConfig, "MLP2"): 0.01,
+    (LorettaAdpConfig, "EmbConv1D"): 5.0,
+}
 # (test, method, model) -> options added to the row
 _ROW_EDITS: dict[tuple[str, type, str | None], dict] = {
     ("test_lora_conversion", LorettaRepConfig, _OPT): {"target_modules": ["q_proj", "v_proj"]}
@@ -78,7 +84,9 @@ def skip_reason(test_name: str, config_cls: type, model_id: str | None) -> str |
 
 def learning_rate(test_name: str, config_cls: type | None, model_id: str | None) -> float | None:
     """The learning rate that the test shall use for one of our methods, None for the test's own."""
-    return _LEARNING_RATES.get(model_id or "") if test_name in _TRAINING and config_cls in OURS else None
+    if test_name not in _TRAINING or config_cls is None:
+        return None
+    return _LEARNING_RATES.get((config_cls, model_id or ""))
 
 
 def edit_row(test_name: str, config_cls: type, params: dict) -> None:
