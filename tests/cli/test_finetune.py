@@ -181,7 +181,7 @@ def test_pairs_are_compared_and_a_number_is_regressed(loretta, roberta, tmp_path
     columns = ["--columns", "text=sentence1", "text_pair=sentence2", "label=score"]
     command = ["--model", roberta, "--task", "seq_cls", "--data", data, *columns, "--method", "rep"]
     held_out = ["--eval-fraction", 0.2, "--plot"]
-    ran = loretta("finetune", *command, "--epochs", 20, "--lr", 0.01, *held_out, "--output", out, "--json")
+    ran = loretta("finetune", *command, "--epochs", 20, *held_out, "--output", out, "--json")
     assert ran.code == 0, ran.err
     result = ran.result()
     assert (result["labels"], result["metric"]) == ([], "pearson")
