@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loretta_kernels._triton import launch
+from loretta_kernels._triton._common import INTERPRETED
 from loretta_kernels._triton.backward_kernel import _backward_kernel, _sum_kernel
 from loretta_kernels._triton.core_grads import sum_blocks
 from loretta_kernels._triton.forward_kernel import _forward_kernel
@@ -205,7 +206,7 @@ class _Kernels:
     @cached_property
     def one_pass(self) -> tuple[OnePass, Variant] | None:
         """The forward that keeps whole rows on the chip, where the plan has it."""
-        if (form := self.plan.one_pass) is None:
+        if (form := self.plan.one_pass) is None or INTERPRETED.value:  # Triton's interpreter cannot run it
             return None
         own = {"TABLE_SIZE": form.table_size, "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix}
         return form, self._of_whole_rows(_one_pass_forward_kernel, form, own)
@@ -214,7 +215,7 @@ class _Kernels:
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
         """The backward that keeps whole rows on the chip, where the plan has it and programs may add in any order."""
         form = self.plan.one_pass_backward
-        if form is None or not self._constants["ATOMIC"]:
+        if form is None or not self._constants["ATOMIC"] or INTERPRETED.value:
             return None
         own = {
             "AT": form.kept,
