@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +65,7 @@ def _lines(
     size, residual_is_x = dtype.itemsize, up_shape is not None and not lora
     plan = plan_of(shape, up_shape, size, arch, residual_is_x)
     if adapters:  # which the streamed form serves
-        plan = replace(plan, one_pass=None, one_pass_backward=None)
+        plan = plan.streamed
     name = "y = x · W + b"
     if up_shape:
         name = "y = residual + x · A · B" if lora else "y = x + act(x · W_down + b_down) · W_up + b_up"

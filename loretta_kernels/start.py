@@ -12,8 +12,8 @@ rate moves a LoRA's factor of waist x width. That would move the second too fast
 the place of the width too slowly: it has their geometric mean, with which a rep adapter has one best rate from 256 to
 4096 (docs/learning.md). Only the product of a side's gains matters to the function: it is rounded to a power of two,
 which the shape holds (`TTShape.gains`); the rest is in the cores. The core that is zero at the start moves twice as far
-as that, and the others of its side less, by so much that the side keeps its gain: an adapter then learns faster, and
-does not collapse at 3e-3, as rep did with twice the gain for all cores.
+as that, and the others of its side less, by so much that the side keeps its gain: a language model then learns faster
+with rep at 3e-4 and 1e-3, without the collapse at 3e-3 of twice the gain for all cores (docs/learning.md).
 """
 
 from __future__ import annotations

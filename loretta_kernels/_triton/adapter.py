@@ -173,7 +173,8 @@ class _Kernels:
         exact: bool,
         atomic: bool,
     ) -> None:
-        self.plan = plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch, residual_is_x, dropout_p > 0)
+        plan = plan_of(down_shape, up_shape, y_dtype.itemsize, arch, residual_is_x, dropout_p > 0)
+        self.plan = plan = plan.streamed if INTERPRETED.value else plan  # Triton's interpreter runs no other form
         # The products with rows are in fp32 unless x and y share 16 bits.
         dtype = x_dtype if x_dtype is y_dtype else torch.float32
         self._variants: dict[tuple[Any, ...], Variant] = {}
@@ -206,7 +207,7 @@ class _Kernels:
     @cached_property
     def one_pass(self) -> tuple[OnePass, Variant] | None:
         """The forward that keeps whole rows on the chip, where the plan has it."""
-        if (form := self.plan.one_pass) is None or INTERPRETED.value:  # Triton's interpreter cannot run it
+        if (form := self.plan.one_pass) is None:
             return None
         own = {"TABLE_SIZE": form.table_size, "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix}
         return form, self._of_whole_rows(_one_pass_forward_kernel, form, own)
@@ -215,7 +216,7 @@ class _Kernels:
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:
         """The backward that keeps whole rows on the chip, where the plan has it and programs may add in any order."""
         form = self.plan.one_pass_backward
-        if form is None or not self._constants["ATOMIC"] or INTERPRETED.value:
+        if form is None or not self._constants["ATOMIC"]:
             return None
         own = {
             "AT": form.kept,

@@ -12,12 +12,18 @@ import torch
 from bench.classes import FIRST_RATE
 from loretta_kernels import ACTIVATIONS, TT, TTShape, _torch, backend, tt_adapter
 from loretta_kernels.call import Call
+from loretta_kernels.philox import random_bits, threshold
 from loretta_kernels.selfcheck import check, exact_problem, random_problem
 from tests.kernels.problems import OPERATORS, square
 from tests.triton.test_any import SCHEDULES, train
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from loretta_kernels._triton import adapter, launch
+from loretta_kernels._triton.launch import Launch, Variant
+from loretta_kernels._triton.one_pass_kernel import kept_of_block
 from loretta_kernels._triton.plan import plan_of
 from loretta_kernels._triton.planned import planned
 
@@ -241,3 +247,19 @@ def test_takes_any_strides(layout):
     with backend("triton"):
         y = problem.with_tensors(view).run()
         assert torch.equal(y, problem.with_tensors({name: t.contiguous() for name, t in view.items()}).run())
+
+
+@triton.jit
+def _kept_kernel(kept_ptr, seed_ptr, first, DROPPED: tl.constexpr):
+    n, c = tl.arange(0, 16), tl.arange(0, 32)
+    kept = kept_of_block(seed_ptr, tl.cast(first, tl.int64), n, 0, DROPPED, 32)
+    tl.store(kept_ptr + n[:, None] * 32 + c[None, :], kept.to(tl.int32))
+
+
+@pytest.mark.parametrize("first", [32, 2**32 - 16, 2**33 + 16])
+def test_rows_beyond_32_bits_have_masks_of_their_own(first):
+    seed, kept = torch.tensor([5]), torch.empty(16, 32, dtype=torch.int32)
+    dropped = threshold(0.3)
+    variant = Variant(_kept_kernel, {"DROPPED": dropped}, num_warps=4, num_stages=1)
+    launch.execute(Launch(variant, (1,), {"kept_ptr": kept, "seed_ptr": seed, "first": first}))
+    assert torch.equal(kept.bool(), random_bits(seed, first, 16, 32) >= dropped)
