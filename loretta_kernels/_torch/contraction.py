@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -127,9 +128,10 @@ class Contraction:
         self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
         self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
         self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
-        L = _product(self._in_matrices, self._in_partials).view(*lead, shape.in_features, K)
-        R = _product(self._out_matrices, self._out_partials).view(*lead, K, shape.out_features)
-        self.Lt, self.R = _times(shape.factors[0], L.mT.contiguous()), _times(shape.factors[1], R)
+        in_factor, out_factor = shape.factors
+        L = _product(self._in_matrices, self._in_partials, in_factor).view(*lead, shape.in_features, K)
+        self.R = _product(self._out_matrices, self._out_partials, out_factor).view(*lead, K, shape.out_features)
+        self.Lt = L.mT.contiguous()
         self.L = self.Lt.mT
 
     def derived(self, name: str, inputs: Sequence[Any], make: Callable[[], Any]) -> Any:
@@ -145,12 +147,17 @@ class Contraction:
 
     def dcores(self, dLt: Tensor, dR: Tensor) -> Tensor:
         """The gradient of the flat cores."""
-        in_factor, out_factor = self.shape.factors
-        return torch.cat(
-            _core_grads(self._in_matrices, self._in_partials, _times(in_factor, dLt).mT)
-            + _core_grads(self._out_matrices, self._out_partials, _times(out_factor, dR)),
+        grads = torch.cat(
+            _core_grads(self._in_matrices, self._in_partials, dLt.mT)
+            + _core_grads(self._out_matrices, self._out_partials, dR),
             dim=-1,
         )
+        in_params = sum(prod(core) for core in self.shape.core_shapes[: self.shape.cut])
+        in_factor, out_factor = self.shape.factors
+        for factor, part in (in_factor, grads[..., :in_params]), (out_factor, grads[..., in_params:]):
+            if factor != 1.0:
+                part *= factor
+        return grads
 
 
 def _partials(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
@@ -161,9 +168,10 @@ def _partials(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     return partials
 
 
-def _product(matrices: Sequence[Tensor], partials: Sequence[Tensor]) -> Tensor:
-    """The last partial product times the last core."""
-    return partials[-1] @ matrices[-1] if partials else matrices[-1]
+def _product(matrices: Sequence[Tensor], partials: Sequence[Tensor], factor: float = 1.0) -> Tensor:
+    """factor times the last partial product times the last core."""
+    last = matrices[-1] if factor == 1.0 else matrices[-1] * factor  # far smaller than the product
+    return partials[-1] @ last if partials else last
 
 
 def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tensor) -> list[Tensor]:
@@ -180,8 +188,3 @@ def _core_grads(matrices: Sequence[Tensor], partials: Sequence[Tensor], d: Tenso
 def _rows(matrix: Tensor, columns: int) -> Tensor:
     """The same elements in rows of so many columns."""
     return matrix.reshape(*matrix.shape[:-2], -1, columns)
-
-
-def _times(factor: float, t: Tensor) -> Tensor:
-    """factor · t."""
-    return t if factor == 1.0 else t * factor
