@@ -73,6 +73,7 @@ class OnePass(Sides):
         n: rows at a time.
         i, o: inner features of x and of y that one product takes.
         warps, stages: the compiler's options.
+        resident: programs on a multiprocessor.
     """
 
     sides: tuple[RowSide, ...]
@@ -81,10 +82,11 @@ class OnePass(Sides):
     o: int
     warps: int
     stages: int
+    resident: int = 1
 
     def programs(self, N: int, multiprocessors: int) -> int:
         """How many programs share the rows: each makes its tables once."""
-        return min(-(-N // self.n), multiprocessors)
+        return min(-(-N // self.n), self.resident * multiprocessors)
 
     @cached_property
     def kept(self) -> Kept:
@@ -329,7 +331,8 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
     less room. With these limits no first-rate class spills on sm_90; other shapes may, by a few bytes.
     """
     first, last = form.sides[0], form.sides[-1]
-    is_wide = any(side.size > 16 for side in form.sides[1:-1])
+    bottleneck = max((side.size for side in form.sides[1:-1]), default=0)
+    is_wide, shortest, longest = bottleneck > 16, min(first.OP, last.OP), max(first.OP, last.OP)
     if max(first.CP, last.CP) > 32:
         return None  # sums for 64 pairs of a bond's and the waist's index spill
     if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
@@ -338,6 +341,10 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
         return None  # so do masks beside the tables and the sums of a wide bottleneck
     if first.IP + last.IP > 640:
         return None  # so do sums for so many inner features
+    stages = 1 if _is_triton_3_6() else form.stages
+    if bottleneck <= 8 and 4 <= shortest and longest <= 16 and first.IP + last.IP <= 192:
+        # What a block of short rows takes is the latency of its steps: two programs hide each other's.
+        return replace(form, n=4, warps=4, stages=stages, resident=2)
     rows, outer, elements = (8, 256, 32768) if is_wide or residual_is_x else (8, 512, 40960)
     if has_dropout:
         rows, outer, elements = 4, min(outer, 320), min(elements, 32768)
@@ -345,8 +352,8 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
         rows, outer = 4, min(outer, 256)
     for n in (8, 4, 2):
         fits = n * (first.OP + last.OP) <= outer and n * (first.OP * first.IP + last.OP * last.IP) <= elements
-        if n <= rows and fits and n * min(first.OP, last.OP) >= 16:  # the least that a product sums
-            return replace(form, n=n, stages=1 if _is_triton_3_6() else form.stages)
+        if n <= rows and fits and n * shortest >= 16:  # the least that a product sums
+            return replace(form, n=n, stages=stages)
     return None
 
 

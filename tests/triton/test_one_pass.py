@@ -34,8 +34,7 @@ SAME_MATRIX = TTShape((4, 4, 8), (2, 4), 3, (1, -2)), TTShape((4, 2), (4, 4, 8),
 LINEAR = (TTShape((4, 8, 8), (8, 4, 8), (3, 4, 5, 2, 3)),)
 WIDE = TTShape((4, 4, 8), (4, 8), 3), TTShape((8, 4), (4, 4, 8), 3)
 OTHER_MATRIX = TTShape((3, 2, 24), (6,), (4, 2, 3)), TTShape((6,), (9, 16), (2, 3))
-
-both_matrices = pytest.mark.parametrize("shapes", [SAME_MATRIX, OTHER_MATRIX], ids=["same-matrix", "other-matrix"])
+LONG = TTShape((24, 16), (6,), (4, 3)), TTShape((6,), (9, 32), (2, 3))  # one program on a multiprocessor
 
 
 def one_pass(*shapes):
@@ -86,8 +85,12 @@ def test_any_trains(number, monkeypatch):
             check(random_problem(operator, shapes, rows, dtype, seed=rows, **options), "triton", runs=SCHEDULES)
 
 
-@both_matrices
-def test_exact_numbers_stay_exact_with_few_programs(shapes, monkeypatch, executor):
+@pytest.mark.parametrize(
+    ("shapes", "resident"),
+    [(SAME_MATRIX, 2), (OTHER_MATRIX, 2), (LONG, 1)],
+    ids=["same-matrix", "other-matrix", "long-rows"],
+)
+def test_exact_numbers_stay_exact_with_few_programs(shapes, resident, monkeypatch, executor):
     """Few programs, so that each takes several blocks of rows."""
     monkeypatch.setattr(adapter, "multiprocessors", lambda device: 3)
     residual = "x" if shapes is SAME_MATRIX else "another"
@@ -96,7 +99,8 @@ def test_exact_numbers_stay_exact_with_few_programs(shapes, monkeypatch, executo
             check(exact_problem("tt_adapter", shapes, 131, dtype, residual=residual, scale=0.5), "triton")
         check(exact_problem("tt_adapter", shapes, 131, dtype, residual=residual, scale=0.5, dropout_p=0.5), "triton")
     one_pass = {(launch.kernel, launch.grid) for launch in executor.launches if "one_pass" in launch.kernel}
-    assert one_pass == {(f"_one_pass_{name}_kernel", (3, 1, 1)) for name in ("forward", "backward")}
+    grids = {"forward": 3, "backward": 3 * resident}
+    assert one_pass == {(f"_one_pass_{name}_kernel", (programs, 1, 1)) for name, programs in grids.items()}
 
 
 def test_serves_the_rows_of_16_bits_of_small_ranks():
@@ -131,6 +135,14 @@ def test_sums_once_on_a_multiprocessor(rows, programs):
     _, backward = planned("tt_adapter", square(4096, 64, 5), N=rows)
     assert backward.grid == (programs,)
     assert backward.constants["KEEPS_DY"]
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(1, 1), (4, 1), (5, 2), (1056, 264), (8192, 264)])
+def test_short_rows_have_two_programs_on_a_multiprocessor(rows, programs):
+    shapes = TTShape.for_matrix(768, 8, rank=5), TTShape.for_matrix(8, 768, rank=5)
+    for dropout_p in (0.0, 0.05):
+        _, backward = planned("tt_lora", shapes, N=rows, dropout_p=dropout_p)
+        assert (backward.grid, backward.options()["num_warps"]) == ((programs,), 4)
 
 
 def test_a_row_that_is_not_a_number_stays_alone():
