@@ -222,6 +222,7 @@ class _Kernels:
             "AT": form.kept,
             "TABLE_SIZE": form.kept.tables + form.kept.end,
             "KEEPS_DY": self._constants["RESIDUAL_IS_X"] and form.same_matrix,
+            "FLAT": form.resident > 1,
         }
         return form, self._of_whole_rows(_one_pass_backward_kernel, form, own)
 

@@ -49,14 +49,16 @@ def _matmul(
 
 @triton.jit
 def _core_grad(
-    dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S: tl.constexpr, J: tl.constexpr, P: tl.constexpr
-):
+    dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S: tl.constexpr, J: tl.constexpr, P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dGj = factor · partialᵀ · d, and d · Gjᵀ into the scratch."""
     ROWS: tl.constexpr = S.chain_rows[J]
     R: tl.constexpr = S.ranks[J]
     C: tl.constexpr = S.columns[J]
     B: tl.constexpr = 32 if P == "tf32x3" else 64  # three products at once need the registers
-    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, B, B)
+    COLUMNS: tl.constexpr = min(B, BLOCK_C)
+    _matmul(dcores_ptr + S.core_starts[J], partial_ptr, d_ptr, factor, R, C, ROWS, 1, R, C, 1, P, 16, COLUMNS, B)
     _matmul(
         scratch_ptr + S.chain_grads[J], d_ptr, cores_ptr + S.core_starts[J], 1.0, ROWS, R, C, C, 1, 1, C, P, B, 16, B
     )
@@ -64,7 +66,9 @@ def _core_grad(
 
 
 @triton.jit
-def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, PRECISION: tl.constexpr):
+def store_core_grads(
+    dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr = 64
+):
     """The gradients of a side's cores, times a factor, from the summed gradient of the side; by one program."""
     factor *= S.factor
     store_partials(scratch_ptr, tl.constexpr(S.chain_partials), cores_ptr, S, 0, S.count)
@@ -76,10 +80,10 @@ def store_core_grads(dcores_ptr, grads_ptr, scratch_ptr, cores_ptr, factor, S: t
             d_ptr = scratch_ptr + S.chain_grads[COUNT - step + 1]
         if COUNT - step == 1:
             partial_ptr = cores_ptr + S.core_starts[0]
-            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, P, BLOCK_C)
         else:
             partial_ptr = scratch_ptr + S.chain_partials[COUNT - step - 1]
-            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, PRECISION)
+            _core_grad(dcores_ptr, scratch_ptr, d_ptr, cores_ptr, partial_ptr, factor, S, COUNT - step, P, BLOCK_C)
     first_ptr = grads_ptr + S.grad if S.count == 1 else scratch_ptr + S.chain_grads[1]
     copy(dcores_ptr + S.core_starts[0], first_ptr, factor, S.core_sizes[0])
     tl.debug_barrier()

@@ -49,6 +49,20 @@ def _kept(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _places(ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
+    """The rows and columns of a matrix's elements: [ROWS, 1] and [1, COLUMNS], or all of them in one dimension.
+
+    Which of the two decides what the compiler keeps in registers from the tables to here, and so whether it spills.
+    """
+    if FLAT:
+        e = tl.arange(0, ROWS * COLUMNS)
+        places = e // COLUMNS, e % COLUMNS
+    else:
+        places = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    return places
+
+
+@triton.jit
 def _add(ptr, sums):
     """Add a matrix to sums without gaps."""
     tl.atomic_add(ptr + _matrix(sums.shape[0], sums.shape[1]), sums, sem="relaxed")
@@ -103,42 +117,43 @@ def _keep_tables(
 @triton.jit
 def _store_grads(
     down_ptr, up_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, grads_ptr, sums_ptr, scratch_ptr, total,
-    LD: tl.constexpr, RD: tl.constexpr, LU: tl.constexpr, RU: tl.constexpr, AT: tl.constexpr, PRECISION: tl.constexpr,
+    LD: tl.constexpr, RD: tl.constexpr, LU: tl.constexpr, RU: tl.constexpr, AT: tl.constexpr, P: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the parameters from the sums over rows (those of R_u and b_u lack the scale); by one program."""
     if ddown_ptr is not None:
-        o, a = tl.arange(0, LD.OP)[:, None], tl.arange(0, LD.AP)[None, :]
+        o, a = _places(LD.OP, LD.AP, FLAT)
         ok = (o < LD.outer) & (a < LD.A)
-        sums = tl.full([LD.OP, LD.AP], 0, tl.float32)
+        sums = (o + a) * 0.0
         for k in range(LD.K):
             sums += tl.load(sums_ptr + AT.down_packed + o * LD.CP + a * LD.K + k, mask=ok, other=0.0)
         tl.store(grads_ptr + LD.outer_factor.grad + o * LD.A + a, sums, mask=ok)
         if RD is not None:
-            k, b = tl.arange(0, RD.QP)[:, None], tl.arange(0, RD.IP)[None, :]
-            sums = _kept(sums_ptr + AT.down_whole, RD.QP, RD.IP)
+            k, b = _places(RD.QP, RD.IP, FLAT)
+            sums = tl.load(sums_ptr + AT.down_whole + k * RD.IP + b)
             tl.store(grads_ptr + RD.grad + k * RD.size + b, sums, mask=(k < RD.K) & (b < RD.size))
     if dup_ptr is not None:
-        o, c = tl.arange(0, RU.OP)[:, None], tl.arange(0, RU.CP)[None, :]
+        o, c = _places(RU.OP, RU.CP, FLAT)
+        sums = tl.load(sums_ptr + AT.up_packed + o * RU.CP + c)
         offs = (c % RU.K * RU.outer + o) * RU.A + c // RU.K
-        sums = _kept(sums_ptr + AT.up_packed, RU.OP, RU.CP)
         tl.store(grads_ptr + RU.outer_factor.grad + offs, sums, mask=(o < RU.outer) & (c < RU.A * RU.K))
         if LU is not None:
-            k, b = tl.arange(0, LU.QP)[:, None], tl.arange(0, LU.IP)[None, :]
-            sums = _kept(sums_ptr + AT.up_whole, LU.QP, LU.IP)
+            k, b = _places(LU.QP, LU.IP, FLAT)
+            sums = tl.load(sums_ptr + AT.up_whole + k * LU.IP + b)
             tl.store(grads_ptr + LU.grad + b * LU.K + k, sums, mask=(k < LU.K) & (b < LU.size))
     tl.debug_barrier()
     if ddown_ptr is not None:
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.outer_factor), PRECISION)
-        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.inner_factor), PRECISION)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.outer_factor), P, BLOCK_C)
+        store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, tl.constexpr(LD.inner_factor), P, BLOCK_C)
         if RD is not None:
-            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, PRECISION)
+            store_core_grads(ddown_ptr, grads_ptr, scratch_ptr, down_ptr, 1.0, RD, P, BLOCK_C)
     if ddown_bias_ptr is not None:
         copy(ddown_bias_ptr, sums_ptr + AT.down_bias, 1.0, RD.size)
     if dup_ptr is not None:
         if LU is not None:
-            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, PRECISION)
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.outer_factor), PRECISION)
-        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.inner_factor), PRECISION)
+            store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, 1.0, LU, P, BLOCK_C)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.outer_factor), P, BLOCK_C)
+        store_core_grads(dup_ptr, grads_ptr, scratch_ptr, up_ptr, total, tl.constexpr(RU.inner_factor), P, BLOCK_C)
     if dup_bias_ptr is not None:
         copy(dup_bias_ptr, grads_ptr + RU.bias_grad, total, RU.size)
 
@@ -174,6 +189,7 @@ def _one_pass_backward_kernel(
     RU: tl.constexpr,
     AT: tl.constexpr,
     TABLE_SIZE: tl.constexpr,
+    FLAT: tl.constexpr,
     LEVELS: tl.constexpr,
     # blocks and flags
     ACTIVATION: tl.constexpr,
@@ -329,7 +345,8 @@ def _one_pass_backward_kernel(
             ptrs = grads_ptr + LD.inner_factor.grad + (pair // LD.K * LD.inner + f) * LD.K + pair % LD.K
             tl.atomic_add(ptrs, ddown_inner[j], mask=(f < LD.inner) & (pair < LD.A * LD.K), sem="relaxed")
     if is_last(sums_ptr + AT.sums_end, programs):
+        BLOCK_C: tl.constexpr = 32 if DROPOUT_P > 0 and BLOCK_N == 2 else 64  # beside masks the addresses of 64 spill
         _store_grads(
             down_ptr, up_ptr, ddown_ptr, ddown_bias_ptr, dup_ptr, dup_bias_ptr, grads_ptr, sums_ptr, scratch_ptr, total,
-            LD, RD, LU, RU, AT, PRECISION,
+            LD, RD, LU, RU, AT, PRECISION, FLAT, BLOCK_C,
         )  # fmt: skip

@@ -333,18 +333,23 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
     first, last = form.sides[0], form.sides[-1]
     bottleneck = max((side.size for side in form.sides[1:-1]), default=0)
     is_wide, shortest, longest = bottleneck > 16, min(first.OP, last.OP), max(first.OP, last.OP)
+    stages = 1 if _is_triton_3_6() else form.stages
     if max(first.CP, last.CP) > 32:
         return None  # sums for 64 pairs of a bond's and the waist's index spill
-    if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
-        return None  # so does a last block of four that has to be masked
     if is_wide and has_dropout:
         return None  # so do masks beside the tables and the sums of a wide bottleneck
+    # What a block takes is the latency of its steps. Two programs on a multiprocessor hide each other's, where half a
+    # block's rows keep four warps busy.
+    if bottleneck <= 64 and 4 <= shortest and longest <= 16 and first.IP <= 128:
+        if last.size <= (1024 if is_wide else 3072):
+            stages = stages if not is_wide and first.IP + last.IP <= 192 else 1
+            return replace(form, n=4, warps=4, stages=stages, resident=2)
+    if has_dropout and not residual_is_x and 16 <= shortest and longest == 64 and max(first.IP, last.IP) <= 64:
+        return replace(form, n=2, warps=4, stages=1, resident=2)
+    if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
+        return None  # so does a last block of four that has to be masked
     if first.IP + last.IP > 640:
         return None  # so do sums for so many inner features
-    stages = 1 if _is_triton_3_6() else form.stages
-    if bottleneck <= 8 and 4 <= shortest and longest <= 16 and first.IP + last.IP <= 192:
-        # What a block of short rows takes is the latency of its steps: two programs hide each other's.
-        return replace(form, n=4, warps=4, stages=stages, resident=2)
     rows, outer, elements = (8, 256, 32768) if is_wide or residual_is_x else (8, 512, 40960)
     if has_dropout:
         rows, outer, elements = 4, min(outer, 320), min(elements, 32768)
