@@ -18,9 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import INTERPRETED, act, cast, dact, dot
+from loretta_kernels._triton._common import act, cast, dact, dot
 from loretta_kernels._triton.core_grads import copy, is_last, store_core_grads
-from loretta_kernels._triton.one_pass_kernel import beside_remainder, kept_of_block, spread, tile_ok, times
+from loretta_kernels._triton.one_pass_kernel import (
+    beside_remainder,
+    kept_of_block,
+    rounded_product,
+    spread,
+    tile_ok,
+    times,
+)
 from loretta_kernels._triton.row_tables import (
     load_outer,
     load_packed_inner,
@@ -66,15 +73,6 @@ def _places(ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
 def _add(ptr, sums):
     """Add a matrix to sums without gaps."""
     tl.atomic_add(ptr + _matrix(sums.shape[0], sums.shape[1]), sums, sem="relaxed")
-
-
-@triton.jit
-def _product(a, b):
-    """a · b, rounded: fused with a sum over the lanes of a warp it would be another sum in every lane."""
-    if INTERPRETED:
-        return a * b
-    a, b = tl.broadcast(a, b)
-    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -275,9 +273,9 @@ def _one_pass_backward_kernel(
                 t = dot(dys[j], up_inner[j], t, PRECISION)
         t = t.reshape(RU.OP, BLOCK_N, RU.CP)
         outer, is_waist = _kept(kept_ptr + AT.up_packed, RU.OP, RU.CP), _kept(kept_ptr + AT.up_waist, RU.QP, RU.CP)
-        dz = total * times(tl.sum(_product(t, outer[:, None, :]), 0), tl.trans(is_waist))
+        dz = total * times(tl.sum(rounded_product(t, outer[:, None, :]), 0), tl.trans(is_waist))
         if dup_ptr is not None:
-            _add(sums_ptr + AT.up_packed, tl.sum(_product(t, times(z, is_waist)[None, :, :]), 1))
+            _add(sums_ptr + AT.up_packed, tl.sum(rounded_product(t, times(z, is_waist)[None, :, :]), 1))
             up_outer = _kept(kept_ptr + AT.up_outer, RU.QP, RU.OP * RU.AP)
             w = beside_remainder(spread(z, up_outer, BLOCK_N, RU), DTYPE)
             dup_inner = _plus_products(dup_inner, dys, w, PRECISION)
@@ -310,7 +308,7 @@ def _one_pass_backward_kernel(
                     x = tl.where(is_kept, x, 0.0).to(DTYPE)
                     added = added + (dot(tl.trans(x), g, ddown_inner[j], PRECISION),)
                 p = dot(x, down_inner[j], p, PRECISION)
-            _add(sums_ptr + AT.down_packed, tl.sum(_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
+            _add(sums_ptr + AT.down_packed, tl.sum(rounded_product(p.reshape(LD.OP, BLOCK_N, LD.CP), ds), 1))
             ddown_inner = added if DROPOUT_P > 0 else _plus_products(ddown_inner, xs, g, PRECISION)
         if dx_ptr is not None:
             for j in tl.static_range(IN_BLOCKS):

@@ -16,8 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loretta_kernels._triton._common import act, cast, kept_by_dropout
+from loretta_kernels._triton._common import INTERPRETED, act, cast, kept_by_dropout
 from loretta_kernels._triton.row_tables import load_inner, load_outer, load_whole, store_products
+
+SUMMED_BY_LANES = tl.constexpr(1024)  # terms of so few sums that the lanes of a warp may share each of them
 
 
 @triton.jit
@@ -35,9 +37,22 @@ def waist(p, outer, BLOCK_N: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a · b, rounded: fused with a sum over the lanes of a warp it would be another sum in every lane."""
+    if INTERPRETED:
+        return a * b
+    a, b = tl.broadcast(a, b)
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def times(a, table):
     """a [n, k] · table [k, m], in fp32, without tensor cores: k is small."""
-    return tl.sum(tl.trans(a)[:, :, None] * table[:, None, :], 0)
+    a, table = tl.trans(a)[:, :, None], table[:, None, :]
+    if a.shape[0] * a.shape[1] * table.shape[2] <= SUMMED_BY_LANES:
+        return tl.sum(rounded_product(a, table), 0)
+    else:
+        return tl.sum(a * table, 0)
 
 
 @triton.jit

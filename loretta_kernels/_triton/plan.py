@@ -17,7 +17,7 @@ MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the
 MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
 MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
-X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
+X_TILE, Y_TILE = 16384, 65536  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
 MAX_PARTS = 64
 
 
@@ -308,7 +308,11 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
 
 
 def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePass | None:
-    """The form that keeps whole rows on the chip, where it fits and nothing spills."""
+    """The form that keeps whole rows on the chip, where it fits and nothing spills.
+
+    What a block takes is the latency of its steps. Two programs on a multiprocessor hide each other's, so a block has
+    only the rows that keep four warps busy.
+    """
     first, last = all_sides[0], all_sides[-1]
     if itemsize != 2 or arch != "sm_90" or not (first.is_cut and last.is_cut):
         return None  # other tensor cores want the factors in registers, where they do not fit
@@ -318,15 +322,16 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
         return None
     if len(all_sides) == 2 and max(first.levels, last.levels) > 2:
         return None  # no second reading to save, and factors of three cores cost more than they bring
-    for n in (16, 8, 4, 2):
-        if n * max(first.OP, last.OP) <= 256 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
-            return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=8, stages=2)
+    for n in (8, 4, 2, 1):
+        if n * max(first.OP, last.OP) <= 128 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
+            return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=4, stages=2, resident=2)
     return None
 
 
 def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) -> OnePass | None:
     """The backward that keeps whole rows on the chip, of as many rows at a time as fit, without spills.
 
+    Where rows are short there are two programs on a multiprocessor, as in the forward; elsewhere one, of eight warps.
     x and dy lie there twice, the next rows beside those at hand; a wide bottleneck, dy as a part of dx, and masks leave
     less room. With these limits no first-rate class spills on sm_90; other shapes may, by a few bytes.
     """
@@ -338,14 +343,12 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
         return None  # sums for 64 pairs of a bond's and the waist's index spill
     if is_wide and has_dropout:
         return None  # so do masks beside the tables and the sums of a wide bottleneck
-    # What a block takes is the latency of its steps. Two programs on a multiprocessor hide each other's, where half a
-    # block's rows keep four warps busy.
     if bottleneck <= 64 and 4 <= shortest and longest <= 16 and first.IP <= 128:
         if last.size <= (1024 if is_wide else 3072):
             stages = stages if not is_wide and first.IP + last.IP <= 192 else 1
-            return replace(form, n=4, warps=4, stages=stages, resident=2)
+            return replace(form, n=4, stages=stages)
     if has_dropout and not residual_is_x and 16 <= shortest and longest == 64 and max(first.IP, last.IP) <= 64:
-        return replace(form, n=2, warps=4, stages=1, resident=2)
+        return replace(form, n=2, stages=1)
     if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
         return None  # so does a last block of four that has to be masked
     if first.IP + last.IP > 640:
@@ -358,7 +361,7 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
     for n in (8, 4, 2):
         fits = n * (first.OP + last.OP) <= outer and n * (first.OP * first.IP + last.OP * last.IP) <= elements
         if n <= rows and fits and n * shortest >= 16:  # the least that a product sums
-            return replace(form, n=n, stages=stages)
+            return replace(form, n=n, warps=8, stages=stages, resident=1)
     return None
 
 
