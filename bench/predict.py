@@ -100,7 +100,8 @@ def predict(case: Case, counters: Any, resident: Any, ratios: Any, rows: Sequenc
             low = high = 0.0
             for launch in launches:
                 kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-                key = case.name, FEW if N <= FEW_ROWS else MANY, kernel
+                few = N <= FEW_ROWS or (kernel == "one_pass_forward" and launch.options()["num_warps"] == 4)
+                key = case.name, FEW if few else MANY, kernel
                 cost = launched(counters[key], key[1], launch.constants["BLOCK_N"])
                 rounds = -(-prod(launch.grid) // (MULTIPROCESSORS * resident.get(key, 1)))
                 blocks = -(-N // (launch.constants["BLOCK_N"] * launch.grid[0]))

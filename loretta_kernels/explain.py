@@ -60,7 +60,7 @@ def _lines(
     shape: TTShape, up_shape: TTShape | None, lora: bool, dtype: torch.dtype, N: int, arch: str, adapters: int
 ) -> Iterator[str]:
     """The lines of the explanation."""
-    from loretta_kernels._triton.plan import plan_of
+    from loretta_kernels._triton.plan import MULTIPROCESSORS, plan_of
 
     size, residual_is_x = dtype.itemsize, up_shape is not None and not lora
     plan = plan_of(shape, up_shape, size, arch, residual_is_x)
@@ -81,7 +81,7 @@ def _lines(
     for kernel, blocks, (programs, moved, compulsory) in zip(
         ("forward", "backward"),
         (
-            plan.one_pass or plan.forward_of(max(_groups(N, adapters))),
+            plan.one_pass_of(N, MULTIPROCESSORS) or plan.forward_of(max(_groups(N, adapters))),
             plan.one_pass_backward or plan.backward_of(N),
         ),
         traffic(plan, shape, up_shape, lora, size, N, adapters),
@@ -148,7 +148,7 @@ def traffic(
             return sum(-(-rows // blocks.n) for rows in groups)
         return plan.programs(N, blocks)
 
-    if form := plan.one_pass:
+    if form := plan.one_pass_of(N, MULTIPROCESSORS):
         parts, programs = 1, form.programs(N, MULTIPROCESSORS)
         again = 0 if adapts and form.same_matrix else residual
         made = 2 * 4 * form.table_size + cores

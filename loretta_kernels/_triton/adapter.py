@@ -51,8 +51,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return y, waist
     grid: tuple[int, ...]
     pointers: dict[str, Tensor | None] = {}
-    if kernels.one_pass is not None and call.adapter is None:
-        form, variant = kernels.one_pass
+    form = plan.one_pass_of(N, multiprocessors(x.device)) if call.adapter is None else None
+    if form is not None:
+        variant = kernels.one_pass(form)
         grid = (form.programs(N, multiprocessors(x.device)),)
         tables = prod(grid) * form.table_size
         if variant.constants["KEEPS_X"]:
@@ -204,13 +205,13 @@ class _Kernels:
             self._variants[key] = self._variant(kernel, of_blocks, blocks.warps, stages)
         return self._variants[key]
 
-    @cached_property
-    def one_pass(self) -> tuple[OnePass, Variant] | None:
-        """The forward that keeps whole rows on the chip, where the plan has it."""
-        if (form := self.plan.one_pass) is None:
-            return None
-        own = {"TABLE_SIZE": form.table_size, "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix}
-        return form, self._of_whole_rows(_one_pass_forward_kernel, form, own)
+    def one_pass(self, form: OnePass) -> Variant:
+        """The forward that keeps whole rows on the chip, in a form of the plan."""
+        key = "one_pass", form.n
+        if key not in self._variants:
+            own = {"TABLE_SIZE": form.table_size, "KEEPS_X": self._constants["RESIDUAL_IS_X"] and form.same_matrix}
+            self._variants[key] = self._of_whole_rows(_one_pass_forward_kernel, form, own)
+        return self._variants[key]
 
     @cached_property
     def one_pass_backward(self) -> tuple[OnePass, Variant] | None:

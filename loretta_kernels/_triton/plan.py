@@ -17,7 +17,7 @@ MAX_PROGRAMS = 1024  # more blocks of rows than this are taken in turn, with the
 MAX_WORKSPACES = 128  # deterministic: as many sums, each of them a program's own
 MULTIPROCESSORS = 132  # of an H100
 FEW_ROWS = 64
-X_TILE, Y_TILE = 16384, 65536  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
+X_TILE, Y_TILE = 32768, 131072  # elements of whole rows: x lies in shared memory, y is made 64 features at a time
 MAX_PARTS = 64
 
 
@@ -128,8 +128,9 @@ class Plan(Sides):
     """How one operator runs: its sides in the order of the computation, and the blocks of its kernels.
 
     `few` are those of the forward of at most a block of so many rows, as in decoding; `few_backward` those of the
-    backward of so few that programs share the features. `one_pass` takes the place of the forward where it is given,
-    and `one_pass_backward` that of the backward, but for the gradient of a learnt scale.
+    backward of so few that programs share the features. Where they are given, `one_pass` takes the forward's place,
+    `one_pass_few` where a multiprocessor has at most one block of rows, and `one_pass_backward` the backward's, but
+    for the gradient of a learnt scale.
     """
 
     arch: str
@@ -138,12 +139,18 @@ class Plan(Sides):
     few_backward: Blocks
     backward: Blocks
     one_pass: OnePass | None = None
+    one_pass_few: OnePass | None = None
     one_pass_backward: OnePass | None = None
 
     @property
     def streamed(self) -> Plan:
         """The plan without the forms that keep whole rows on the chip."""
-        return replace(self, one_pass=None, one_pass_backward=None)
+        return replace(self, one_pass=None, one_pass_few=None, one_pass_backward=None)
+
+    def one_pass_of(self, N: int, multiprocessors: int) -> OnePass | None:
+        """The form of the forward of N rows."""
+        few = self.one_pass_few
+        return few if few is not None and N <= few.n * multiprocessors else self.one_pass
 
     @cached_property
     def block_b(self) -> int:
@@ -202,8 +209,11 @@ def plan_of(
     first = sides(down)
     all_sides = first if up is None else (*first, *sides(up, first[-1].table_end, first[-1].grad_end))
     one_pass = _one_pass(row_sides(down, up), itemsize, arch)
-    one_pass_backward = _one_pass_backward(one_pass, residual_is_x, has_dropout) if one_pass else None
-    return replace(_plan(all_sides, itemsize, arch), one_pass=one_pass, one_pass_backward=one_pass_backward)
+    few, backward = None, None
+    if one_pass is not None:
+        few, backward = _one_pass_few(one_pass), _one_pass_backward(one_pass, residual_is_x, has_dropout)
+    streamed = _plan(all_sides, itemsize, arch)
+    return replace(streamed, one_pass=one_pass, one_pass_few=few, one_pass_backward=backward)
 
 
 def shared_limit(arch: str) -> int:
@@ -308,11 +318,7 @@ def _plan(all_sides: tuple[Side, ...], itemsize: int, arch: str) -> Plan:
 
 
 def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePass | None:
-    """The form that keeps whole rows on the chip, where it fits and nothing spills.
-
-    What a block takes is the latency of its steps. Two programs on a multiprocessor hide each other's, so a block has
-    only the rows that keep four warps busy.
-    """
+    """The form that keeps whole rows on the chip, where it fits and nothing spills."""
     first, last = all_sides[0], all_sides[-1]
     if itemsize != 2 or arch != "sm_90" or not (first.is_cut and last.is_cut):
         return None  # other tensor cores want the factors in registers, where they do not fit
@@ -322,16 +328,25 @@ def _one_pass(all_sides: tuple[RowSide, ...], itemsize: int, arch: str) -> OnePa
         return None
     if len(all_sides) == 2 and max(first.levels, last.levels) > 2:
         return None  # no second reading to save, and factors of three cores cost more than they bring
-    for n in (8, 4, 2, 1):
-        if n * max(first.OP, last.OP) <= 128 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
-            return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=4, stages=2, resident=2)
+    for n in (16, 8, 4, 2):
+        if n * max(first.OP, last.OP) <= 256 and n * first.OP * first.IP <= X_TILE and n * last.OP * last.IP <= Y_TILE:
+            return OnePass(all_sides, n, min(64, first.IP), min(64, last.IP), warps=8, stages=2)
     return None
+
+
+def _one_pass_few(form: OnePass) -> OnePass | None:
+    """That of few rows: half a block, by half the warps, takes less time from its first step to its last."""
+    first = form.sides[0]
+    if first.OP * first.IP >= 8192:
+        return None  # so long a row spills with four warps, by Triton 3.6
+    return replace(form, n=form.n // 2, warps=4)
 
 
 def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) -> OnePass | None:
     """The backward that keeps whole rows on the chip, of as many rows at a time as fit, without spills.
 
-    Where rows are short there are two programs on a multiprocessor, as in the forward; elsewhere one, of eight warps.
+    What a block takes is the latency of its steps. Where rows are short there are two programs of four warps on a
+    multiprocessor, which hide each other's.
     x and dy lie there twice, the next rows beside those at hand; a wide bottleneck, dy as a part of dx, and masks leave
     less room. With these limits no first-rate class spills on sm_90; other shapes may, by a few bytes.
     """
@@ -346,9 +361,9 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
     if bottleneck <= 64 and 4 <= shortest and longest <= 16 and first.IP <= 128:
         if last.size <= (1024 if is_wide else 3072):
             stages = stages if not is_wide and first.IP + last.IP <= 192 else 1
-            return replace(form, n=4, stages=stages)
+            return replace(form, n=4, warps=4, stages=stages, resident=2)
     if has_dropout and not residual_is_x and 16 <= shortest and longest == 64 and max(first.IP, last.IP) <= 64:
-        return replace(form, n=2, stages=1)
+        return replace(form, n=2, warps=4, stages=1, resident=2)
     if any(side.IP == 256 and side.inner % 64 for side in (first, last)):
         return None  # so does a last block of four that has to be masked
     if first.IP + last.IP > 640:
@@ -361,7 +376,7 @@ def _one_pass_backward(form: OnePass, residual_is_x: bool, has_dropout: bool) ->
     for n in (8, 4, 2):
         fits = n * (first.OP + last.OP) <= outer and n * (first.OP * first.IP + last.OP * last.IP) <= elements
         if n <= rows and fits and n * shortest >= 16:  # the least that a product sums
-            return replace(form, n=n, warps=8, stages=stages, resident=1)
+            return replace(form, n=n, stages=stages)
     return None
 
 

@@ -17,7 +17,7 @@ def test_names_the_factors_the_launches_and_the_compulsory_bytes(capsys):
     explain(DOWN, UP)
     text = capsys.readouterr().out
     assert "L_down [4096 x 5] = light 256 x 5 · heavy 5 x 16 x 5" in text
-    assert "forward: 264 programs of 4 warps, 4 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
+    assert "forward: 132 programs of 8 warps, 8 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
     assert "backward: 132 programs of 8 warps, 4 whole rows at a time, 16 x 256 in and 16 x 256 out" in text
     assert "with dropout, a learnt scale or deterministic algorithms: 64 rows and 64 features at a time" in text
     assert "compulsory 134 MB" in text
