@@ -100,6 +100,7 @@ def predict(case: Case, counters: Any, resident: Any, ratios: Any, rows: Sequenc
             low = high = 0.0
             for launch in launches:
                 kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                # Few rows go forward by four warps, and are counted with one row.
                 few = N <= FEW_ROWS or (kernel == "one_pass_forward" and launch.options()["num_warps"] == 4)
                 key = case.name, FEW if few else MANY, kernel
                 cost = launched(counters[key], key[1], launch.constants["BLOCK_N"])

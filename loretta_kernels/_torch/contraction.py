@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -119,12 +118,13 @@ class Contraction:
         self._derived: dict[str, tuple[list[Snapshot], Any]] = {}
         values = cores.detach().to(dtype, copy=True).contiguous()
         lead, strides = values.shape[:-1], values.stride()[:-1]
-        start, matrices = 0, []
+        starts, matrices = [0], list[Tensor]()
         for r, n, r_next in shape.core_shapes:
             # One call where split and view would be two: with few rows, calls dominate the time.
-            matrices.append(values.as_strided((*lead, r, n * r_next), (*strides, n * r_next, 1), start))
-            start += r * n * r_next
+            matrices.append(values.as_strided((*lead, r, n * r_next), (*strides, n * r_next, 1), starts[-1]))
+            starts.append(starts[-1] + r * n * r_next)
         cut, K = shape.cut, shape.waist
+        self._cut = starts[cut]
         self._in_matrices, self._out_matrices = matrices[:cut], matrices[cut:]
         self._in_partials = _partials(self._in_matrices, shape.bond_ranks[1:cut])
         self._out_partials = _partials(self._out_matrices, shape.bond_ranks[cut + 1 : -1])
@@ -152,11 +152,11 @@ class Contraction:
             + _core_grads(self._out_matrices, self._out_partials, dR),
             dim=-1,
         )
-        in_params = sum(prod(core) for core in self.shape.core_shapes[: self.shape.cut])
         in_factor, out_factor = self.shape.factors
-        for factor, part in (in_factor, grads[..., :in_params]), (out_factor, grads[..., in_params:]):
-            if factor != 1.0:
-                part *= factor
+        if in_factor != 1.0:
+            grads[..., : self._cut] *= in_factor
+        if out_factor != 1.0:
+            grads[..., self._cut :] *= out_factor
         return grads
 
 

@@ -51,10 +51,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return y, waist
     grid: tuple[int, ...]
     pointers: dict[str, Tensor | None] = {}
-    form = plan.one_pass_of(N, multiprocessors(x.device)) if call.adapter is None else None
+    count = multiprocessors(x.device)
+    form = plan.one_pass_of(N, count) if call.adapter is None else None
     if form is not None:
-        variant = kernels.one_pass(form)
-        grid = (form.programs(N, multiprocessors(x.device)),)
+        variant, grid = kernels.one_pass(form), (form.programs(N, count),)
         tables = prod(grid) * form.table_size
         if variant.constants["KEEPS_X"]:
             base = None
