@@ -105,6 +105,15 @@ def test_exact_numbers_stay_exact_with_few_programs(shapes, residents, monkeypat
     assert one_pass == {("_one_pass_forward_kernel", (3, 1, 1))} | backward
 
 
+def test_lanes_that_share_a_sum_agree_on_it():
+    """Of two rows and two outer indices there are fewer sums than lanes; the executor sees any that differ."""
+    shapes = TTShape((3, 16, 8, 5), (2,), (3, 1, 3, 4)), TTShape((2,), (2, 12, 16, 2), (4, 6, 4, 4))
+    form = plan_of(*shapes, 2, "sm_90").one_pass_few
+    assert (form.n, form.sides[-1].OP) == (2, 2)
+    with backend("triton"):
+        check(random_problem("tt_lora", shapes, 7, torch.bfloat16), "triton")
+
+
 def test_serves_the_rows_of_16_bits_of_small_ranks():
     served = {case.name for case in FIRST_RATE if one_pass(*case.shapes)}
     assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16", "cls 1024 5"}
