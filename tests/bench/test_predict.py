@@ -55,7 +55,7 @@ def write(folder, resident=1):
         (folder / name / "bf16-sm_90.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("rows", "blocks"), [(8, 1), (2048, 2), (8192, 8)])
+@pytest.mark.parametrize(("rows", "blocks"), [(8, 1), (528, 1), (2048, 2), (8192, 8)])
 def test_a_program_takes_its_start_once_and_the_loop_for_every_block(rows, blocks, tmp_path):
     write(tmp_path)
     forward, _ = predict.predict(CASE, *predict.read(tmp_path), rows=[rows])

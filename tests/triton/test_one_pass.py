@@ -114,6 +114,13 @@ def test_lanes_that_share_a_sum_agree_on_it():
         check(random_problem("tt_lora", shapes, 7, torch.bfloat16), "triton")
 
 
+def test_few_rows_of_many_outer_indices_go_one_by_one():
+    shapes = TTShape((128, 16), (4,), (4, 3)), TTShape((4,), (4, 16), (2, 3))
+    assert plan_of(*shapes, 2, "sm_90").one_pass_few.n == 1
+    with backend("triton"):
+        check(random_problem("tt_lora", shapes, 5, torch.bfloat16, dropout_p=0.3), "triton")
+
+
 def test_serves_the_rows_of_16_bits_of_small_ranks():
     served = {case.name for case in FIRST_RATE if one_pass(*case.shapes)}
     assert served == {case.name for case in FIRST_RATE} - {"adp 4096x64x16", "cls 1024 5"}
